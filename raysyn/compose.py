@@ -1,0 +1,158 @@
+"""From `configs/` and command-line overrides to one checked job config.
+
+Order, later wins: dataclass defaults, the named preset (`configs/model/<name>.yaml`, `configs/task/<name>.yaml`), the
+scale's presets for it (`presets` in `configs/scale/<scale>.yaml`), the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from raysyn.config import CompareJob, FitJob, ModelConfig, PrepareJob, SynthesizeJob, TuneJob
+from raysyn.types import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+JOBS = {
+    "prepare": PrepareJob,
+    "fit": FitJob,
+    "synthesize": SynthesizeJob,
+    "tune": TuneJob,
+    "compare": CompareJob,
+}
+GROUPS = ("data", "scale")  # chosen by name and composed by Hydra
+MODEL_NAMES = ("sdm", "vp", "ve", "edm", "edm_l128", "edm_l64")
+
+T = TypeVar("T")
+
+
+def load_job(job: str, overrides: list[str]) -> Any:
+    """The checked config of `job` ("fit", …). Raises UserError that names the key for anything unknown or out of range."""
+    cls = JOBS[job]
+    groups, values = _split_overrides(overrides)
+    raw = _compose(job, groups)
+    names = {f.name for f in dataclasses.fields(cls)} | ({"model"} if job == "compare" else set())
+    for key in values:
+        if key not in names:
+            raise UserError(f"{key}: not a key of jobs/{job}.py; its keys are {', '.join(sorted(names))}")
+    presets = raw.get("presets") or {}
+    late = OmegaConf.create(values)
+    plain = {k: v for k, v in OmegaConf.to_container(raw, resolve=True).items() if k in names}  # type: ignore[union-attr]
+    if job == "compare":
+        _resolve_compare(plain, late, presets)
+    if "model" in plain:
+        plain["model"] = _named("model", plain["model"], late, presets)
+    if "task" in plain:
+        plain["task"] = _named("task", plain["task"], late, presets)
+    return build(cls, OmegaConf.merge(OmegaConf.create(plain), late))
+
+
+def load_model(name: str, scale: str = "paper") -> ModelConfig:
+    """The config of one of the six models at a scale, as the command line would give it."""
+    config: ModelConfig = load_job("fit", [f"model={name}", f"scale={scale}"]).model
+    return config
+
+
+def build(cls: type[T], values: Any, prefix: str = "") -> T:
+    """A dataclass from containers, types and ranges checked. Raises UserError with the full dotted key."""
+    if OmegaConf.is_config(values):
+        values = OmegaConf.to_container(values, resolve=True)
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kwargs: dict[str, Any] = {}
+    for key, value in (values or {}).items():
+        where = f"{prefix}{key}"
+        if key not in known:
+            raise UserError(f"{where}: unknown key; {prefix.rstrip('.') or cls.__name__} has {', '.join(sorted(known))}")
+        hint = hints[key]
+        item = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            kwargs[key] = build(hint, value, f"{where}.")  # type: ignore[arg-type]
+        elif item is not None and dataclasses.is_dataclass(item):
+            kwargs[key] = [build(item, v, f"{where}[{i}].") for i, v in enumerate(value)]  # type: ignore[arg-type]
+        else:
+            kwargs[key] = _typed(cls, key, value, where)
+    try:
+        return cls(**kwargs)
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
+
+
+def _typed(cls: type, key: str, value: Any, where: str) -> Any:
+    hint = typing.get_type_hints(cls)[key]
+    holder = dataclasses.make_dataclass("Holder", [(key, hint, dataclasses.field(default="???"))])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(holder), {key: value})
+        return OmegaConf.to_container(merged)[key]  # type: ignore[index,call-overload]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+
+
+def _split_overrides(overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
+    groups, values = [], []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"{text!r}: overrides have the form key=value, e.g. model=edm_l64 or data.image_size=128")
+        if key in GROUPS:
+            _known_preset(key, value)
+            groups.append(text)
+        else:
+            values.append(f"{key}={value}")
+    try:
+        container = OmegaConf.to_container(OmegaConf.from_dotlist(values))
+    except Exception as error:
+        raise UserError(f"{' '.join(values)}: cannot be read as key=value ({str(error).splitlines()[0]})") from None
+    return groups, container  # type: ignore[return-value]
+
+
+def _compose(job: str, groups: list[str]) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(version_base=None, config_dir=str(CONFIGS)):
+        return compose(config_name=job, overrides=groups)
+
+
+def _known_preset(group: str, name: str) -> Path:
+    path = CONFIGS / group / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+        raise UserError(f"{group}: {name!r} is not one of {', '.join(names)}")
+    return path
+
+
+def _named(group: str, name: Any, late: DictConfig, presets: Any) -> dict[str, Any]:
+    value = late.get(group)
+    if value is not None and not OmegaConf.is_dict(value):
+        name = value
+        late.pop(group)
+    return _preset(group, str(name), presets)
+
+
+def _preset(group: str, name: str, presets: Any) -> dict[str, Any]:
+    node: Any = OmegaConf.load(_known_preset(group, name))
+    of_group = (presets or {}).get(f"{group}s") or {}
+    keys = ("all", node.get("space", ""), name) if group == "model" else ("all", name)
+    for key in keys:
+        if of_group.get(key) is not None:
+            node = OmegaConf.merge(node, of_group[key])
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+
+
+def _resolve_compare(plain: dict[str, Any], late: DictConfig, presets: Any) -> None:
+    chosen: Any = plain.pop("model", [])
+    if "model" in late:
+        chosen = OmegaConf.to_container(late)["model"]  # type: ignore[index,call-overload]
+        late.pop("model")
+    if isinstance(chosen, dict):
+        raise UserError("model: compare takes names, e.g. model=all or model=[edm,edm_l128]")
+    names = list(MODEL_NAMES) if chosen == "all" else [chosen] if isinstance(chosen, str) else list(chosen)
+    plain["models"] = [_preset("model", str(n), presets) for n in names]
+    for task in ("segmentation", "classification"):
+        plain[task] = _preset("task", task, presets)
+
