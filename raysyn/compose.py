@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def load_job(job: str, overrides: list[str]) -> Any:
-    """The checked config of `job` ("fit", …). Raises UserError that names the key for anything unknown or out of range."""
+    """The checked config of `job` ("fit", …). Raises UserError that names the key for anything wrong."""
     cls = JOBS[job]
     groups, values = _split_overrides(overrides)
     raw = _compose(job, groups)
@@ -68,7 +68,9 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
     for key, value in (values or {}).items():
         where = f"{prefix}{key}"
         if key not in known:
-            raise UserError(f"{where}: unknown key; {prefix.rstrip('.') or cls.__name__} has {', '.join(sorted(known))}")
+            raise UserError(
+                f"{where}: unknown key; {prefix.rstrip('.') or cls.__name__} has {', '.join(sorted(known))}"
+            )
         hint = hints[key]
         item = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -155,4 +157,3 @@ def _resolve_compare(plain: dict[str, Any], late: DictConfig, presets: Any) -> N
     plain["models"] = [_preset("model", str(n), presets) for n in names]
     for task in ("segmentation", "classification"):
         plain[task] = _preset("task", task, presets)
-

@@ -1,7 +1,7 @@
 """Typed configuration. Defaults are the paper's; `configs/` holds presets. Values are checked before any work starts.
 
-Each job has one dataclass. What decides a result is in `data`, `model`, `task`, `synthesize` and the like and enters the
-fingerprints; where and how it runs (`storage`, `ray`, `workers`, `tracking`, `cost`) does not.
+Each job has one dataclass. What decides a result is in `data`, `model`, `task`, `synthesize` and the like and enters
+the fingerprints; where and how it runs (`storage`, `ray`, `workers`, `tracking`, `cost`) does not.
 """
 
 from __future__ import annotations
@@ -412,7 +412,7 @@ class TuneJob(JobConfig):
 
 @dataclass
 class CompareJob(JobConfig):
-    """`jobs/compare.py`: the study. One row a (model, solver, number of steps), the real-trained ceiling beside them."""
+    """`jobs/compare.py`: the study. One row a (model, solver, number of steps), the ceiling beside them."""
 
     models: list[ModelConfig] = field(default_factory=list)
     solvers: list[str] = field(default_factory=lambda: ["euler", "heun"])

@@ -46,7 +46,7 @@ def semantic_index(label_map: np.ndarray, view: np.ndarray | int) -> np.ndarray:
 
 
 def one_hot(label_map: np.ndarray, view: str) -> np.ndarray:
-    """Semantic conditioning of one frame: label_map uint8 [H, W] -> float32 [10, H, W], one channel a (view, structure)."""
+    """Semantic conditioning of one frame: label_map uint8 [H, W] -> float32 [10, H, W], a channel a (view, structure)."""
     check_label_map(label_map)
     channel = semantic_index(label_map, view_index(view))
     return (np.arange(NUM_CHANNELS)[:, None, None] == channel[None]).astype(np.float32)

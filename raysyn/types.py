@@ -84,11 +84,9 @@ class FrameArrays:
     def take(self, index: Sequence[int] | np.ndarray) -> FrameArrays:
         """The frames at `index`, in that order."""
         index = np.asarray(index, dtype=np.int64)
-        picked = {k: getattr(self, k)[index] for k in ("image_u8", "label_map", "view", "phase", "spacing_mm")}
-        listed = {
-            k: [getattr(self, k)[i] for i in index] for k in ("frame_id", "patient_id", "mask_frame_id", "source")
-        }
-        return FrameArrays(**picked, **listed)
+        arrays: dict[str, Any] = {key: getattr(self, key)[index] for key in _ARRAYS}
+        lists: dict[str, Any] = {key: [getattr(self, key)[i] for i in index] for key in _LISTS}
+        return FrameArrays(**arrays, **lists)
 
     @staticmethod
     def concatenate(parts: Sequence[FrameArrays]) -> FrameArrays:
@@ -96,14 +94,13 @@ class FrameArrays:
         sizes = sorted({p.image_u8.shape[1:] for p in parts})
         if len(sizes) > 1:
             raise UserError(f"frame sets of different image sizes cannot be mixed: {sizes}; prepare them at one size")
-        arrays = {
-            k: np.concatenate([getattr(p, k) for p in parts])
-            for k in ("image_u8", "label_map", "view", "phase", "spacing_mm")
-        }
-        lists = {
-            k: [v for p in parts for v in getattr(p, k)] for k in ("frame_id", "patient_id", "mask_frame_id", "source")
-        }
+        arrays: dict[str, Any] = {key: np.concatenate([getattr(p, key) for p in parts]) for key in _ARRAYS}
+        lists: dict[str, Any] = {key: [v for p in parts for v in getattr(p, key)] for key in _LISTS}
         return FrameArrays(**arrays, **lists)
+
+
+_ARRAYS = ("image_u8", "label_map", "view", "phase", "spacing_mm")
+_LISTS = ("frame_id", "patient_id", "mask_frame_id", "source")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,8 @@
+"""`python jobs/synthesize.py [key=value ...]`; the same file and arguments under `ray job submit`. --help says more."""
+
+import sys
+
+from raysyn.cluster.job import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("synthesize", "raysyn.cluster.synthesize:synthesize"))

@@ -1,0 +1,103 @@
+"""Live progress across processes: stages report to one small actor, the driver shows it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+BOARD = "raysyn-progress"
+
+
+class _Board:
+    """What each stage last said of itself, by its name."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, dict[str, Any]] = {}
+
+    def update(self, key: str, status: dict[str, Any]) -> None:
+        self.said[key] = {**self.said.get(key, {}), **status, "time": time.time()}
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        return self.said
+
+
+def reporter(key: str, every_seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
+    """A function for a stage to call as often as it likes, from any process of the Ray session.
+
+    Known entries: `done`, `total`, `unit`, `per_second`, `note`. Without a board in this session it does nothing.
+    """
+    import ray
+
+    board: Any = None
+    last = 0.0
+    with contextlib.suppress(ValueError):  # nobody watches
+        board = ray.get_actor(BOARD, namespace="raysyn")
+
+    def report(status: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        final = status.get("done") is not None and status.get("done") == status.get("total")
+        if board is not None and (final or now - last >= every_seconds):
+            last = now
+            board.update.remote(key, status)
+
+    return report
+
+
+def _describe(key: str, status: dict[str, Any]) -> str:
+    done, total, rate = status.get("done"), status.get("total"), status.get("per_second")
+    text = key
+    if total:
+        text += f"  {done}/{total} {status.get('unit', '')}".rstrip()
+    if rate:
+        text += f"  {rate:.1f}/s"
+        if total and done is not None:
+            text += f"  {max(total - done, 0) / rate:.0f} s left"
+    return f"{text}  {status['note']}" if status.get("note") else text
+
+
+@contextlib.contextmanager
+def watch(header: Callable[[], str], running: Callable[[], list[str]], every_seconds: float = 10.0) -> Iterator[None]:
+    """Show the board while the block runs: one live view on a terminal, a line each `every_seconds` in a log.
+
+    `header` says which stage of how many; `running` names the keys to show.
+    """
+    import ray
+
+    board: Any = ray.remote(num_cpus=0)(_Board).options(name=BOARD, namespace="raysyn", get_if_exists=True).remote()
+    stop = threading.Event()
+
+    def lines() -> list[str]:
+        said = ray.get(board.snapshot.remote(), timeout=30)
+        return [_describe(key, said.get(key, {})) for key in running()]
+
+    def show_terminal() -> None:
+        from rich.live import Live
+        from rich.text import Text
+
+        with Live(Text(""), refresh_per_second=2, transient=True) as live:
+            while not stop.wait(0.5):
+                live.update(Text("\n  ".join([header(), *lines()])))
+
+    def show_log() -> None:
+        while not stop.wait(every_seconds):
+            print(" | ".join([header(), *lines()]), flush=True)
+
+    def show() -> None:
+        try:
+            (show_terminal if sys.stdout.isatty() else show_log)()
+        except ray.exceptions.RayError as error:
+            print(f"progress display stopped: {type(error).__name__}", file=sys.stderr)
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+        ray.kill(board)

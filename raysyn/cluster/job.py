@@ -1,0 +1,106 @@
+"""What every file in jobs/ calls: read the config, run one stage, say where the result is.
+
+Exit codes: 0 done (or stopped by SIGTERM in a resumable state), 2 bad input, 1 a fault, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+from raysyn.compose import JOBS, load_job
+from raysyn.types import Outcome, Resumable, UserError
+
+USAGE = """usage: python jobs/{job}.py [key=value ...]
+
+{doc}
+Presets: scale={scales}  data={datas}
+Any key of the config can be set, e.g. {example}. Keys: {keys}.
+--config prints the whole resolved config and stops.
+"""
+EXAMPLES = {
+    "prepare": "data=camus data.root=/data/camus",
+    "fit": "model=edm_l64 scale=demo model.fit.lr=1e-4 workers.num_workers=2",
+    "synthesize": "model=edm_l64 synthesize.num_warps=5 synthesize.plan_only=true",
+    "tune": "task=segmentation search.num_trials=50",
+    "compare": "scale=demo model=all",
+}
+
+
+def _usage(job: str) -> str:
+    import dataclasses
+
+    from raysyn.compose import CONFIGS
+
+    def names(group: str) -> str:
+        return "|".join(sorted(p.stem for p in (CONFIGS / group).glob("*.yaml")))
+
+    keys = ", ".join(f.name for f in dataclasses.fields(JOBS[job]))
+    doc = (JOBS[job].__doc__ or "").strip()
+    return USAGE.format(job=job, doc=doc, scales=names("scale"), datas=names("data"), example=EXAMPLES[job], keys=keys)
+
+
+def _print_config(config: object) -> None:
+    from omegaconf import OmegaConf
+
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise Resumable("stopped by SIGTERM")
+
+
+def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
+    """Run `stage` ("module:function") with the config of `job` from `argv`. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(a in ("-h", "--help") for a in argv):
+        print(_usage(job), end="")
+        return 0
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        config = load_job(job, [a for a in argv if a != "--config"])
+        if "--config" in argv:
+            _print_config(config)
+            return 0
+        module, _, function = stage.partition(":")
+        outcome: Outcome = getattr(importlib.import_module(module), function)(config)
+    except UserError as error:
+        print(f"raysyn {job}: {error}", file=sys.stderr)
+        return 2
+    except Resumable as stop:
+        print(f"raysyn {job}: {stop}; resumable: run the same command again to go on", file=sys.stderr)
+        return 0
+    except KeyboardInterrupt:
+        print(f"raysyn {job}: interrupted; resumable: run the same command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        user = _user_error_within(error)
+        if user is not None:
+            print(f"raysyn {job}: {user}", file=sys.stderr)
+            return 2
+        if os.environ.get("RAYSYN_TRACEBACK", "1") != "0":
+            traceback.print_exc()
+        print(
+            f"raysyn {job}: failed ({type(error).__name__}); what is whole is kept, the same command resumes",
+            file=sys.stderr,
+        )
+        return 1
+    if outcome.path:
+        print(f"{outcome.stage}: {'already there' if outcome.skipped else 'done'}: {outcome.path}")
+    return 0
+
+
+def _user_error_within(error: BaseException | None) -> UserError | None:
+    """The UserError that a Ray task or worker wrapped, if that is what went wrong."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return UserError(str(error).strip().splitlines()[-1].removeprefix("raysyn.types.UserError: "))
+        seen.add(id(error))
+        inner = getattr(error, "cause", None)
+        error = inner if isinstance(inner, BaseException) else error.__cause__
+    return None

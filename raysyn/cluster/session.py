@@ -1,0 +1,94 @@
+"""Joining or starting Ray. One we start has token authentication, a loopback dashboard and no usage statistics.
+
+Ray's head listens on every interface whatever address it is given, and without a token anyone who reaches it runs code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+
+from raysyn.config import RayConfig
+from raysyn.types import UserError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "PYTHONWARNINGS": "ignore",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def _quiet() -> None:
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    for name in ("ray.data", "ray.train", "ray.tune", "ray"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _start_local(config: RayConfig) -> None:
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ray.init(
+        num_cpus=config.num_cpus,
+        object_store_memory=config.object_store_mb << 20,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level="error",
+    )
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level="error", log_to_driver=False)
+    except ConnectionError as error:
+        raise UserError(
+            f"ray.address: cannot join {address} ({str(error).splitlines()[0]}); "
+            "is its head up, and are RAY_AUTH_MODE=token and its token set here?"
+        ) from None
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Ray for the block: the one already joined, else `config.address` or RAY_ADDRESS, else a local one of our own.
+
+    A session that this call started or joined is left at the end; one that was there stays.
+    """
+    import ray
+
+    _quiet()
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        _join(address)
+    else:
+        _start_local(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def in_main_thread() -> bool:
+    """Signal handlers can be set here."""
+    return threading.current_thread() is threading.main_thread()
