@@ -25,17 +25,22 @@ class _Board:
         return self.said
 
 
+def _board() -> Any:
+    """The board's actor; None when nobody watches in this session."""
+    import ray
+
+    try:
+        return ray.get_actor(BOARD, namespace="raysyn")
+    except ValueError:
+        return None
+
+
 def reporter(key: str, every_seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
     """A function for a stage to call as often as it likes, from any process of the Ray session.
 
     Known entries: `done`, `total`, `unit`, `per_second`, `note`. Without a board in this session it does nothing.
     """
-    import ray
-
-    board: Any = None
-    last = 0.0
-    with contextlib.suppress(ValueError):  # nobody watches
-        board = ray.get_actor(BOARD, namespace="raysyn")
+    board, last = _board(), 0.0
 
     def report(status: dict[str, Any]) -> None:
         nonlocal last
@@ -46,6 +51,11 @@ def reporter(key: str, every_seconds: float = 1.0) -> Callable[[dict[str, Any]],
             board.update.remote(key, status)
 
     return report
+
+
+def _active(status: dict[str, Any]) -> bool:
+    complete = status.get("total") is not None and status.get("done") == status.get("total")
+    return not complete and time.time() - status["time"] < 60
 
 
 def _describe(key: str, status: dict[str, Any]) -> str:
@@ -61,19 +71,23 @@ def _describe(key: str, status: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def watch(header: Callable[[], str], running: Callable[[], list[str]], every_seconds: float = 10.0) -> Iterator[None]:
+def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[None]:
     """Show the board while the block runs: one live view on a terminal, a line each `every_seconds` in a log.
 
-    `header` says which stage of how many; `running` names the keys to show.
+    `header` says which stage of how many; below it stands what reported within the last minute and is not complete.
+    Inside another `watch` of the same session it does nothing: the outer one shows all.
     """
     import ray
 
-    board: Any = ray.remote(num_cpus=0)(_Board).options(name=BOARD, namespace="raysyn", get_if_exists=True).remote()
+    if _board() is not None:
+        yield
+        return
+    board: Any = ray.remote(num_cpus=0)(_Board).options(name=BOARD, namespace="raysyn").remote()
     stop = threading.Event()
 
     def lines() -> list[str]:
         said = ray.get(board.snapshot.remote(), timeout=30)
-        return [_describe(key, said.get(key, {})) for key in running()]
+        return [_describe(key, status) for key, status in said.items() if _active(status)]
 
     def show_terminal() -> None:
         from rich.live import Live

@@ -1,0 +1,207 @@
+"""The study: models x solvers x steps → cost, realism and task scores on held-out real frames; one row a combination."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from raysyn.cluster.graph import GraphResult, Node, run_graph
+from raysyn.cluster.session import ray_session
+from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.config import (
+    CompareJob,
+    FitJob,
+    JobConfig,
+    ModelConfig,
+    PrepareJob,
+    SynthesizeJob,
+    TaskConfig,
+    TuneJob,
+    fingerprint,
+)
+from raysyn.types import Outcome, UserError
+
+TASKS = ("segmentation", "classification")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training set of the study: the real (or phantom) frames, synthetic ones of a model and sampler, a control."""
+
+    key: str
+    kind: str  # "ceiling", "synthetic" or "control"
+    model: ModelConfig | None = None
+
+
+def study_rows(config: CompareJob) -> list[Row]:
+    """The ceiling, then every model x solver x number of steps, then the controls (of the first latent model)."""
+    rows = [Row("ceiling", "ceiling")]
+    for model in config.models:
+        for solver in config.solvers:
+            for num_steps in config.steps:
+                sampler = dataclasses.replace(model.sampler, solver=solver, num_steps=num_steps)
+                rows.append(
+                    Row(f"{model.name} {solver} {num_steps}", "synthetic", dataclasses.replace(model, sampler=sampler))
+                )
+    latent = [m for m in config.models if m.space == "latent"]
+    return rows + [Row(f"control {name}", "control", latent[0]) for name in config.controls if latent]
+
+
+def _job(cls: type, config: JobConfig, **values: Any) -> Any:
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
+    return cls(**{**shared, "plan_only": False, "overwrite": False, **values})
+
+
+def _run_stage(module: str, function: str, job: Any, *inputs: Any) -> Outcome:
+    """Runs in a Ray task: one stage by name, so that nothing heavy is imported where it is not used."""
+    import importlib
+
+    outcome: Outcome = getattr(importlib.import_module(module), function)(job)
+    return outcome
+
+
+def _stage(module: str, function: str, job: Any) -> Any:
+    return partial(_run_stage, f"raysyn.cluster.{module}", function, job)
+
+
+def study_nodes(config: CompareJob, rows: list[Row]) -> list[Node]:
+    """The graph of the study in topological order, longest chains first."""
+    nodes = [Node("prepare", _stage("inputs", "prepare", _job(PrepareJob, config)))]
+    nodes += _fit_nodes(config)
+    nodes += [n for task in TASKS for n in _task_nodes(config, rows[0], task, tuned=False)]
+    nodes += [_measure_node(config, rows[0])]
+    for row in rows[1:]:
+        nodes.append(_set_node(config, row))
+    first = next((r for r in rows if r.kind == "synthetic"), rows[0])
+    nodes.append(_tune_node(config, first))
+    for row in rows[1:]:
+        nodes += [n for task in ("classification", "segmentation") for n in _task_nodes(config, row, task, tuned=True)]
+        nodes.append(_measure_node(config, row))
+    return nodes
+
+
+def _fit_nodes(config: CompareJob) -> list[Node]:
+    """One autoencoder a distinct set-up, then the diffusion models; models that share an autoencoder share its fit."""
+    nodes, autoencoders = [], {}
+    for model in config.models:
+        needs: tuple[str, ...] = ("prepare",)
+        if model.space == "latent":
+            key = fingerprint(model.vae, model.latent_downscale)
+            if key not in autoencoders:
+                autoencoders[key] = f"fit autoencoder of {model.name}"
+                job = _job(FitJob, config, model=model, what="autoencoder")
+                nodes.append(Node(autoencoders[key], _stage("fit", "fit", job), needs))
+            needs = ("prepare", autoencoders[key])
+        nodes.append(Node(f"fit {model.name}", _stage("fit", "fit", _job(FitJob, config, model=model)), needs))
+    return nodes
+
+
+def _set_node(config: CompareJob, row: Row) -> Node:
+    assert row.model is not None
+    if row.kind == "control":
+        job = _job(FitJob, config, model=row.model, what="autoencoder")
+        autoencoder = next(n.key for n in _fit_nodes(config) if n.key.startswith("fit autoencoder"))
+        run = partial(_run_control, job, row.key.removeprefix("control "), config.synthesize.seed)
+        return Node(f"set {row.key}", run, ("prepare", autoencoder), num_cpus=1)
+    job = _job(SynthesizeJob, config, model=row.model, synthesize=config.synthesize)
+    return Node(f"set {row.key}", _stage("synthesize", "synthesize", job), ("prepare", f"fit {row.model.name}"))
+
+
+def _run_control(job: FitJob, name: str, seed: int, prepared: Outcome, autoencoder: Outcome) -> Outcome:
+    from raysyn.cluster.controls import make_control
+
+    return make_control(job, name, seed, prepared, autoencoder)
+
+
+def _tune_node(config: CompareJob, row: Row) -> Node:
+    job = _job(TuneJob, config, task=config.segmentation, search=config.search)
+    needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
+    return Node("tune segmentation", partial(_run_tune, job), needs)
+
+
+def _run_tune(job: TuneJob, prepared: Outcome, train_set: Outcome | None = None) -> Outcome:
+    from raysyn.cluster.tune import tune
+
+    return tune(dataclasses.replace(job, train_sets=[(train_set or prepared).path]))
+
+
+def _task_nodes(config: CompareJob, row: Row, kind: str, *, tuned: bool) -> list[Node]:
+    nodes = []
+    for seed in range(config.num_task_seeds):
+        task: TaskConfig = dataclasses.replace(getattr(config, kind), seed=getattr(config, kind).seed + seed)
+        needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
+        use = tuned and kind == "segmentation"
+        run = partial(_run_task, _job(JobConfig, config), task, row.kind, use)
+        gpus = config.workers.gpus_per_worker
+        needs += ("tune segmentation",) if use else ()
+        nodes.append(Node(f"{kind} {row.key} seed {seed}", run, needs, num_cpus=1, num_gpus=gpus))
+    return nodes
+
+
+def _run_task(job: JobConfig, task: TaskConfig, kind: str, use_tuned: bool, *inputs: Outcome) -> Outcome:
+    """Train one task on one set and test it on the prepared test frames."""
+    from raysyn.cluster.task_runs import run_task
+
+    prepared = inputs[0]
+    train_set = prepared if kind == "ceiling" else inputs[1]
+    if use_tuned:
+        task = dataclasses.replace(task, **inputs[-1].manifest["best_task"])
+    return run_task(job, task, [train_set.path], prepared.path)
+
+
+def _measure_node(config: CompareJob, row: Row) -> Node:
+    needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
+    return Node(f"realism {row.key}", partial(_run_realism, _job(JobConfig, config)), needs, num_cpus=1)
+
+
+def _run_realism(job: JobConfig, prepared: Outcome, train_set: Outcome | None = None) -> Outcome:
+    """Realism of a training set against the held-out test frames; the prepared set's own is the real-vs-real baseline."""
+    from raysyn.cluster.task_runs import run_realism
+
+    return run_realism(job, (train_set or prepared).path, prepared.path)
+
+
+def compare_fingerprint(config: CompareJob) -> str:
+    """Names the study: everything that decides a number in its table, real input files included."""
+    from raysyn.cluster.inputs import prepare_fingerprint
+
+    return fingerprint(
+        prepare_fingerprint(config),
+        config.models,
+        config.solvers,
+        config.steps,
+        config.synthesize,
+        config.segmentation,
+        config.classification,
+        config.search,
+        config.num_task_seeds,
+        config.controls,
+        config.curves,
+        config.cost,
+    )
+
+
+def compare(config: CompareJob) -> Outcome:
+    """Run the study, or show the finished one. Rows that failed are listed in the report and make the job exit 1."""
+    from raysyn.cluster.study_report import print_table, write_study
+
+    if not config.models:
+        raise UserError("model: name at least one, e.g. model=edm_l64 or model=all")
+    stage: StageDir = open_stage(config.storage, "compare", compare_fingerprint(config), overwrite=config.overwrite)
+    done = stage.outcome()
+    if done is not None:
+        print_table(done.manifest["rows"])
+        return done
+    rows = study_rows(config)
+    with ray_session(config.ray):
+        result: GraphResult = run_graph(study_nodes(config, rows), max_parallel=max(4, 2 * config.workers.num_workers))
+        manifest = write_study(config, rows, result)
+    print_table(manifest["rows"])
+    if result.failures:
+        for key, line in result.failures.items():
+            print(f"failed: {key}: {line}", file=sys.stderr)
+        raise next(iter(result.errors.values()))
+    return stage.finish(manifest)
