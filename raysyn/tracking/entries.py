@@ -36,7 +36,11 @@ def safe_key(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+    """An error as one short line for a log."""
+    text = str(error).strip().split("\n")[0]
+    if "Max retries exceeded" in text or "Connection refused" in text:
+        return "no answer"
+    return f"{type(error).__name__}: {text}"[:200]
 
 
 def is_final(error: Exception) -> bool:

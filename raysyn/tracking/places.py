@@ -51,14 +51,15 @@ def ensure_database(uri: str) -> None:
 
     Safe to call from many processes: MLflow holds a file lock meanwhile. Costs nothing when the sqlite schema is there.
     """
-    if uri.startswith(("http://", "https://")) or _has_schema(uri):
+    if uri.startswith(("http://", "https://")) or has_schema(uri):
         return
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     open_client(uri).search_experiments(max_results=1)
 
 
-def _has_schema(uri: str) -> bool:
+def has_schema(uri: str) -> bool:
+    """A sqlite file with MLflow's tables is at `uri`."""
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or not path.is_file():
         return False

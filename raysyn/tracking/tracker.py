@@ -275,7 +275,7 @@ class Tracker:
 
     def _take(self, pop: Callable[[], Any], most: int) -> list[Any]:
         with self._changed:
-            taken = []
+            taken: list[Any] = []
             while len(taken) < most and (entry := pop()) is not None:
                 taken.append(entry)
             return taken
