@@ -153,6 +153,8 @@ def _resolve_compare(plain: dict[str, Any], late: DictConfig, presets: Any) -> N
         late.pop("model")
     if isinstance(chosen, dict):
         raise UserError("model: compare takes names, e.g. model=all or model=[edm,edm_l128]")
+    if chosen == "all" and "storage" not in late:  # the six beside, not over, the scale's own pair
+        plain["storage"] = f"{plain['storage']}_all"
     names = list(MODEL_NAMES) if chosen == "all" else [chosen] if isinstance(chosen, str) else list(chosen)
     plain["models"] = [_preset("model", str(n), presets) for n in names]
     for task in ("segmentation", "classification"):

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import os
 import secrets
-import threading
+import socket
+import sys
 from collections.abc import Iterator
 
 from raysyn.config import RayConfig
@@ -38,11 +39,23 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def secure(address: str = "") -> None:
+    """Turn token authentication on for a Ray of our own. Ray reads this when it is imported, so it comes before that.
+
+    Where a cluster is joined (`address` or RAY_ADDRESS) the caller's environment says how. Raises UserError when Ray
+    was imported without it.
+    """
+    if address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_AUTH_MODE") == "token":
+        return
+    if "ray" in sys.modules:
+        raise UserError("RAY_AUTH_MODE: set it to token (or import raysyn.cluster.session) before ray is imported")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def _start_local(config: RayConfig) -> None:
     import ray
 
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ray.init(
         num_cpus=config.num_cpus,
@@ -57,6 +70,12 @@ def _start_local(config: RayConfig) -> None:
 def _join(address: str) -> None:
     import ray
 
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():  # ray.init itself takes minutes to give up
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"ray.address: cannot reach {address} ({error}); is its head up?") from None
     try:
         ray.init(address=address, logging_level="error", log_to_driver=False)
     except ConnectionError as error:
@@ -72,9 +91,10 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
     A session that this call started or joined is left at the end; one that was there stays.
     """
+    _quiet()
+    secure(config.address)
     import ray
 
-    _quiet()
     if ray.is_initialized():
         yield
         return
@@ -87,8 +107,3 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def in_main_thread() -> bool:
-    """Signal handlers can be set here."""
-    return threading.current_thread() is threading.main_thread()

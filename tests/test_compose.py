@@ -1,0 +1,74 @@
+import pytest
+
+from raysyn.compose import JOBS, MODEL_NAMES, load_job, load_model
+from raysyn.config import NetConfig, VAEConfig, fingerprint
+from raysyn.types import UserError
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+def test_every_job_has_defaults_at_every_scale(job: str, scale: str) -> None:
+    config = load_job(job, [f"scale={scale}"])
+    assert isinstance(config, JOBS[job])
+    assert config.scale == scale
+    assert config.storage == f"runs/{scale}"
+
+
+def test_the_later_layer_wins() -> None:
+    paper, demo = load_model("edm", "paper"), load_model("edm", "demo")
+    assert paper.net.base_channels == 192
+    assert demo.net.base_channels == 24
+    told = load_job("fit", ["model=edm", "scale=demo", "model.net.base_channels=40", "model.fit.lr=1e-5"]).model
+    assert told.net.base_channels == 40
+    assert told.fit.lr == 1e-5
+    assert told.net.spade_hidden == demo.net.spade_hidden
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_model_name_is_all_that_a_user_changes(name: str) -> None:
+    model = load_model(name)
+    assert model.name == name
+    assert (model.space == "latent") == name.startswith("edm_l")
+    assert model.latent_downscale == {"edm_l128": 2, "edm_l64": 4}.get(name, 1)
+
+
+def test_compare_takes_all_models_or_some() -> None:
+    assert [m.name for m in load_job("compare", ["model=all"]).models] == list(MODEL_NAMES)
+    assert [m.name for m in load_job("compare", ["model=[vp,sdm]"]).models] == ["vp", "sdm"]
+    assert [m.name for m in load_job("compare", ["model=edm"]).models] == ["edm"]
+
+
+def test_all_models_at_once_have_a_folder_of_their_own() -> None:
+    assert load_job("compare", ["scale=demo", "model=all"]).storage == "runs/demo_all"
+    assert load_job("compare", ["scale=demo", "model=all", "storage=x"]).storage == "x"
+
+
+@pytest.mark.parametrize(
+    ("job", "override", "says"),
+    [
+        ("fit", "model.net.foo=1", r"model\.net\.foo: unknown key"),
+        ("fit", "model.net.dropout=7", r"model\.net\.dropout: 7.0 is outside"),
+        ("fit", "model.net.base_channels=abc", r"model\.net\.base_channels: .*abc"),
+        ("fit", "model.net.arch=resnet", r"model\.net\.arch: 'resnet' is not one of"),
+        ("fit", "model=dit", "model: 'dit' is not one of"),
+        ("fit", "scale=huge", "scale: 'huge' is not one of"),
+        ("fit", "nonsense", "form key=value"),
+        ("prepare", "model=edm", "model: not a key of jobs/prepare.py"),
+        ("synthesize", "synthesize.mask_splits=[test]", r"synthesize\.mask_splits: .*test"),
+        ("synthesize", "synthesize.shard_size=10", r"synthesize\.shard_size: 10 is not a multiple"),
+        ("tune", "search.objectives=[beauty]", r"search\.objectives"),
+        ("compare", "solvers=[rk45]", "'rk45' is not one of"),
+        ("fit", "model.latent_downscale=3", "latent_downscale: 3 does not match"),
+    ],
+)
+def test_bad_input_names_the_key(job: str, override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        load_job(job, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_tells_configs_apart_and_ignores_identity() -> None:
+    assert fingerprint(NetConfig(), VAEConfig()) == fingerprint(NetConfig(), VAEConfig())
+    assert fingerprint(NetConfig(), VAEConfig()) != fingerprint(NetConfig(dropout=0.2), VAEConfig())
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert len(fingerprint("x")) == 16
