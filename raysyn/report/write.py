@@ -1,0 +1,169 @@
+"""Everything a study leaves for people: tables, figures, pictures and the page, in one folder."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysyn.report.figures import FigureOf, cost_bars, cost_figure, curve_figure, realism_figure, save_figure
+from raysyn.report.grids import colour_key, hero_picture, sample_grid, worst_pairs
+from raysyn.report.html import page_html
+from raysyn.report.table import Row, number, write_tables
+from raysyn.types import FrameArrays
+
+COST_PARTS = {
+    "cost/autoencoder_{}_seconds": "autoencoder",
+    "cost/fit_{}_seconds": "diffusion model",
+    "cost/sample_{}_seconds": "sampling",
+    "cost/decode_{}_seconds": "decoding",
+    "cost/rejected_{}_seconds": "rejected attempts",
+}
+CURVES = {
+    "learning": ("Learning curves", "images seen", "validation loss of the averaged weights", False),
+    "num_synthetic": ("Dice against the number of synthetic frames", "synthetic frames", "mean Dice", True),
+    "real_fraction": ("Dice against the share of real frames", "real fraction", "mean Dice", False),
+    "trials": ("Search: score of each trial", "trial", "validation score", False),
+}
+
+
+@dataclass
+class Samples:
+    """What the pictures are made of.
+
+    `source` is the set that masks came from (name, frames); `sets` maps a name to (a part of) its synthetic frames;
+    `pairs` maps a name to its most similar (synthetic uint8 [N, H, W], nearest training frame, similarity [N]).
+    """
+
+    source: tuple[str, FrameArrays] | None = None
+    sets: Mapping[str, FrameArrays] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[float]]] = field(default_factory=dict)
+
+
+def write_report(
+    folder: str | Path,
+    rows: Sequence[Row],
+    *,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    samples: Samples | None = None,
+    failures: Mapping[str, str] | None = None,
+    info: Mapping[str, Any] | None = None,
+    title: str = "Synthetic echocardiograms: cost, realism, task performance",
+) -> list[Path]:
+    """Write the whole report into a local `folder`; `index.html` holds everything and is written last.
+
+    `curves` maps a name of `CURVES` to points {series, x, y, low?, high?}. `failures` maps a stage to its error line.
+    Returns every file written, index.html first.
+    """
+    folder = Path(folder)
+    written = write_tables(folder, rows)
+    figures = []
+    for made in study_figures(rows, curves or {}):
+        picture, numbers = save_figure(made, folder / "figures")
+        figures.append((picture, made.title, made.caption))
+        written += [picture, numbers]
+    pictures = write_pictures(folder / "pictures", samples or Samples())
+    written += [path for path, _ in pictures]
+    facts = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "machine": machine()}
+    lead = f"{len(rows)} training sets, each tested on the same held-out frames. " + _legend_line(rows)
+    page = page_html(title, lead, rows, figures, pictures, failures or {}, {**facts, **(info or {})})
+    index = folder / "index.html"
+    index.write_text(page, encoding="utf-8")
+    return [index, *written]
+
+
+def publish(folder: str | Path, storage_uri: str) -> None:
+    """Copy a report from a local folder to a storage place (`s3://...`), the page last."""
+    from raysyn.data.storage import Storage
+
+    folder = Path(folder)
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.name == "index.html")
+    for path in files:
+        place = Storage.at(storage_uri).join(*path.relative_to(folder).parts[:-1])
+        place.write_atomic(path.name, path.read_bytes())
+
+
+def _legend_line(rows: Sequence[Row]) -> str:
+    text = "Scores with 95 % intervals below them; the best generated set of a column in blue."
+    return text if any(number(r, "mean_dice_low") is not None for r in rows) else "The best generated set in blue."
+
+
+def study_figures(rows: Sequence[Row], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[FigureOf]:
+    """Every figure that the rows and curves have the numbers for."""
+    device = "gpu" if any(number(r, "cost/fit_gpu_seconds") for r in rows) else "cpu"
+    parts = {key.format(device): label for key, label in COST_PARTS.items()}
+    unit = f"{device.upper()}-seconds"
+    made = [
+        cost_figure(rows, "seconds_per_image", "Sampling cost (seconds an image)", "cost_dice"),
+        realism_figure(rows),
+        cost_figure(rows, f"cost/total_{device}_seconds", f"Whole cost of a set ({unit})", "total_cost_dice"),
+        cost_bars(rows, parts, unit),
+    ]
+    for name, points in curves.items():
+        heading, xlabel, ylabel, log_x = CURVES.get(name, (name, "x", "y", False))
+        made.append(curve_figure(name, heading, xlabel, ylabel, points, log_x))
+    return [figure for figure in made if figure is not None]
+
+
+def write_pictures(folder: Path, samples: Samples) -> list[tuple[Path, str]]:
+    """Save the pictures of frames as PNG; (path, caption) of each."""
+    made: list[tuple[Any, str, str]] = []
+    if samples.source is not None and samples.sets:
+        caption = "Frames that gave the masks, the masks after warping, and what each model made of them."
+        made.append((hero_picture(*samples.source, samples.sets), "hero", caption))
+    if samples.source is not None:
+        name, frames = samples.source
+        made.append((sample_grid(frames), _file_name(name), f"{name}: training frames with their label maps."))
+    for name, frames in samples.sets.items():
+        made.append((sample_grid(frames), _file_name(name), f"{name}: synthetic frames with the maps asked for."))
+    for name, (synthetic, nearest, similarity) in samples.pairs.items():
+        caption = (
+            f"{name}: the synthetic frames most like a training frame, that frame below each, and their similarity."
+        )
+        made.append((worst_pairs(synthetic, nearest, similarity), f"{_file_name(name)}_nearest", caption))
+    if made:
+        made.append((colour_key(), "colours", "Colours of the label maps."))
+        folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for picture, name, caption in made:
+        path = folder / f"{name}.png"
+        picture.save(path, optimize=True)
+        written.append((path, caption))
+    return written
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def machine() -> str:
+    """The machine in words: processor, cores, and graphics cards where the driver names them."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = named[0].partition(":")[2].strip() if named else name
+    cards = _graphics_cards()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores" + (f", {cards}" if cards else "")
+
+
+def _graphics_cards() -> str:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ""  # no driver: no card
+    try:
+        names = [
+            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+    return ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
