@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("RAY_ADDRESS", None)
 
-from raysyn.cluster.session import QUIET, secure  # noqa: E402  (the environment comes first)
+from raysyn.cluster.session import QUIET, secure
 
 for _key, _value in QUIET.items():
     if _key != "PYTHONWARNINGS":

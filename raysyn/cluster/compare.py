@@ -1,4 +1,4 @@
-"""The study: models x solvers x steps → cost, realism and task scores on held-out real frames; one row a combination."""
+"""The study: models x solvers x steps → cost, realism and task scores on held-out real frames, a row a combination."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _measure_node(config: CompareJob, row: Row) -> Node:
 
 
 def _run_realism(job: JobConfig, prepared: Outcome, train_set: Outcome | None = None) -> Outcome:
-    """Realism of a training set against the held-out test frames; the prepared set's own is the real-vs-real baseline."""
+    """Realism of a training set against the held-out test frames; the prepared set's own is the baseline."""
     from raysyn.cluster.task_runs import run_realism
 
     return run_realism(job, (train_set or prepared).path, prepared.path)

@@ -1,6 +1,6 @@
 """A study is a graph of stages: each node is one Ray task, and a node's inputs are the results of other nodes.
 
-Ray starts a node when its inputs are there and retries one whose process dies; a stage is resumable, so a retry goes on.
+Ray starts a node when its inputs are there and retries one whose process dies; a stage is resumable, a retry goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from raysyn.cluster.board import reporter, watch
 
 @dataclass(frozen=True)
 class Node:
-    """`run(*inputs)` with the results of `needs`. `num_cpus` is what the node itself computes with (0: it delegates)."""
+    """`run(*inputs)` with the results of `needs`. `num_cpus`: what it computes with itself (0: it delegates)."""
 
     key: str
     run: Callable[..., Any]
@@ -25,7 +25,7 @@ class Node:
 
 @dataclass
 class GraphResult:
-    """Results by node key, and for the nodes that failed one line each (a node behind a failed one is named with it)."""
+    """Results by node key, and for nodes that failed one line each (heirs of a failed node as well)."""
 
     results: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -41,7 +41,7 @@ def _run_node(key: str, run: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def run_graph(nodes: list[Node], max_parallel: int) -> GraphResult:
-    """Run `nodes` (topologically ordered), at most `max_parallel` submitted at a time. A failure stops only its heirs."""
+    """Run `nodes` (topologically ordered), at most `max_parallel` at a time. A failure stops only its heirs."""
     import ray
 
     task = ray.remote(max_retries=2)(_run_node)

@@ -1,8 +1,6 @@
 import json
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,7 @@ from raysyn.cluster.session import ray_session
 from raysyn.config import RayConfig
 with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
     import ray
-    url = "http://" + ray.get_runtime_context().gcs_address
-    dashboard = ray._private.worker.global_worker.node.webui_url if hasattr(ray, "_private") else ""
+    dashboard = ray._private.worker.global_worker.node.webui_url
     def status(headers):
         request = urllib.request.Request(f"http://{dashboard}/api/jobs/", headers=headers)
         try:
@@ -29,7 +26,8 @@ with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
     token = os.environ["RAY_AUTH_TOKEN"]
     with ray_session(RayConfig()):
         nested = ray.is_initialized()
-    print(json.dumps({"dashboard": dashboard, "without": status({}), "with": status({"Authorization": "Bearer " + token}),
+    print(json.dumps({"dashboard": dashboard, "without": status({}),
+        "with": status({"Authorization": "Bearer " + token}),
         "usage": os.environ["RAY_USAGE_STATS_ENABLED"], "nested": nested, "after_nested": ray.is_initialized()}))
 print(ray.is_initialized())
 """
