@@ -147,6 +147,19 @@ class Tracker:
         text = json.dumps(content, default=str)
         self._call(name, lambda client, run_id: client.log_text(run_id, text, f"{name.removesuffix('.json')}.json"))
 
+    def log_model_dir(
+        self, path: str | Path, *, name: str = "model", example: np.ndarray | None = None, registered_name: str = ""
+    ) -> None:
+        """Queue a fitted model's folder as an MLflow model (see `raysyn.tracking.model.log_model`), which takes it a
+        few seconds; give `finish` time for it. `example` is one input: semantic index uint8 [N, H, W]."""
+
+        def send(client: Any, run_id: str) -> None:
+            from raysyn.tracking.model import log_model
+
+            log_model(self.uri, run_id, path, name=name, example=example, registered_name=registered_name)
+
+        self._call(f"model {path}", send)
+
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> int:
         """Deliver what is queued, set the run's status (FINISHED, FAILED or KILLED) and stop. Returns what was dropped.
 
