@@ -1,0 +1,281 @@
+"""Where results lie: a folder, or a prefix in an object store (s3://…), behind one small interface over `pyarrow.fs`.
+
+Files are whole or absent: a local file is written under a temporary name, synced and renamed; an object is one put.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import secrets
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow.fs as pafs
+
+from raysyn.types import UserError
+
+Names = list[str]  # inside the class `list` is the method
+TEMPORARY = ".tmp-"  # starts the name of a file that is still being written
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_S3_FAULTS = {  # what pyarrow's message says -> what the user reads
+    "NO_SUCH_BUCKET": "there is no such bucket; create it or correct storage=",
+    "ACCESS_DENIED": "access denied; check the credentials and what they may do",
+    "INVALID_ACCESS_KEY_ID": "the access key is unknown there; check the credentials",
+    "SIGNATURE_DOES_NOT_MATCH": "the secret key is wrong; check the credentials",
+    "STORAGEFULL": "no space left there; free some or choose another storage=",
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A place for files. Pickles as its URI, so it travels to any worker; the file system is opened where it is used.
+
+    `uri` is an absolute local path or `s3://bucket/prefix[?endpoint_override=host:port&scheme=http&region=…]`. Without
+    `endpoint_override`, AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL count; credentials come the way AWS tools take them.
+    """
+
+    uri: str
+
+    @staticmethod
+    def at(uri: str | Path | Storage) -> Storage:
+        """The storage at a local path (made absolute; `~` and file:// are understood) or an s3:// URI."""
+        if isinstance(uri, Storage):
+            return uri
+        text = str(uri)
+        if not text:
+            raise UserError("storage: is empty; give a folder or s3://bucket/prefix")
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            return Storage(os.path.abspath(os.path.expanduser(text)))
+        if scheme == "file":
+            return Storage(os.path.abspath(urllib.parse.unquote("/" + rest.lstrip("/"))))
+        if scheme != "s3":
+            raise UserError(f"storage: {text!r}: {scheme}:// is not supported; give a folder or s3://bucket/prefix")
+        base, question, query = text.partition("?")
+        if not base.removeprefix("s3://").strip("/"):
+            raise UserError(f"storage: {text!r} names no bucket; the form is s3://bucket/prefix")
+        return Storage(base.rstrip("/") + question + query)
+
+    @property
+    def is_local(self) -> bool:
+        """True for a folder, False for an object store."""
+        return not self.uri.startswith("s3://")
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def path(self) -> str:
+        """The path as `fs` takes it: an absolute path, or bucket/prefix."""
+        return self.uri if self.is_local else self.uri.removeprefix("s3://").partition("?")[0]
+
+    @property
+    def fs(self) -> Any:
+        """The `pyarrow.fs.FileSystem`, opened once a process; object stores retry 5xx and lost connections."""
+        return _local_filesystem() if self.is_local else _s3_filesystem(self.uri.partition("?")[2], *_s3_environment())
+
+    def join(self, *parts: str) -> Storage:
+        """The storage below this one; the query of a URI stays at its end."""
+        base, question, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
+        return Storage("/".join([base.rstrip("/"), *(p.strip("/") for p in parts if p)]) + question + query)
+
+    def _at(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}" if name else self.path
+
+    def _shown(self, name: str) -> str:
+        return self._at(name) if self.is_local else f"s3://{self._at(name)}"
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder is there; a file under a temporary name never counts."""
+        with _clear_errors("reading", self._shown(name)):
+            return bool(self.fs.get_file_info(self._at(name)).type != pafs.FileType.NotFound)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        with _clear_errors("reading", self._shown(name)):
+            info = self.fs.get_file_info(self._at(name))
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(errno.ENOENT, "no such file", self._shown(name))
+        return int(info.size)
+
+    def list(self, prefix: str = "", suffix: str = "") -> Names:
+        """Names of all files in the folder `prefix` and below, relative to this storage, sorted; [] if it is not there.
+
+        Files still being written (temporary names) are left out; `suffix` keeps names that end so.
+        """
+        return [n for n in self._list(prefix) if n.endswith(suffix) and not _is_temporary(n)]
+
+    def _list(self, prefix: str) -> Names:
+        selector = pafs.FileSelector(self._at(prefix.strip("/")), recursive=True, allow_not_found=True)
+        with _clear_errors("reading", self._shown(prefix)):
+            found = self.fs.get_file_info(selector)
+        start = len(self.path.rstrip("/")) + 1
+        return sorted(info.path[start:] for info in found if info.type == pafs.FileType.File)
+
+    def open_input(self, name: str) -> Any:
+        """A `pyarrow.NativeFile` with random access, for Parquet. Raises FileNotFoundError, UserError (permission)."""
+        with _clear_errors("reading", self._shown(name)):
+            return self.fs.open_input_file(self._at(name))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file. Raises FileNotFoundError, UserError (permission, no such bucket)."""
+        with _clear_errors("reading", self._shown(name)), self.fs.open_input_file(self._at(name)) as file:
+            return bytes(file.read())
+
+    def write_atomic(self, name: str, data: bytes) -> None:
+        """Write a file so that readers see all of it or none, and the same name may be written again.
+
+        Raises UserError when there is no space left or no permission; nothing of the file is left then.
+        """
+        with _clear_errors("writing", self._shown(name)):
+            if self.is_local:
+                _write_local(Path(self._at(name)), data)
+                return
+            # Not in a `with` block: closing after a failed write would publish a part of the object.
+            stream = self.fs.open_output_stream(self._at(name), buffer_size=None)
+            stream.write(data)
+            stream.close()
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file. Raises FileNotFoundError, and UserError when it is not JSON (say, cut off by another tool)."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise UserError(f"{self._shown(name)}: not readable as JSON ({error}); remove it and run again") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A JSON file, indented, keys in the order given, written atomically."""
+        self.write_atomic(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def remove(self, name: str) -> None:
+        """Remove one file; one that is not there is fine."""
+        with _clear_errors("removing", self._shown(name)), contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self._at(name))
+
+    def remove_tree(self, name: str = "") -> None:
+        """Remove the folder `name` (this storage itself by default) with all it holds; absent is fine."""
+        with _clear_errors("removing", self._shown(name)), contextlib.suppress(FileNotFoundError):
+            if self.fs.get_file_info(self._at(name)).type == pafs.FileType.Directory:
+                self.fs.delete_dir(self._at(name))
+
+    def clean_temporaries(self, older_than_s: float = 3600.0) -> Names:
+        """Remove what killed writers left behind, if untouched for `older_than_s`; returns the names removed."""
+        if not self.is_local:
+            return []  # an object appears by its one put; there is nothing half written to see
+        removed = []
+        for name in filter(_is_temporary, self._list("")):
+            with contextlib.suppress(FileNotFoundError):  # its writer may just have renamed it
+                if time.time() - os.stat(self._at(name)).st_mtime >= older_than_s:
+                    self.remove(name)
+                    removed.append(name)
+        return removed
+
+    def upload_tree(self, folder: str | Path, name: str = "") -> None:
+        """Copy a local folder's files to the folder `name` here, each written atomically, sorted by name."""
+        folder = Path(folder)
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            relative = file.relative_to(folder).as_posix()
+            self.write_atomic(f"{name}/{relative}" if name else relative, file.read_bytes())
+
+    def download_tree(self, folder: str | Path, name: str = "") -> None:
+        """Copy the files of the folder `name` here into a local folder."""
+        target, start = Storage.at(folder), len(name.rstrip("/")) + 1 if name else 0
+        for file in self.list(name):
+            target.write_atomic(file[start:], self.read_bytes(file))
+
+
+def _is_temporary(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(TEMPORARY)
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"
+    try:
+        with open(temporary, "xb") as file:
+            _write_and_sync(file, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself survives a power cut
+    finally:
+        os.close(folder)
+
+
+def _write_and_sync(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@functools.cache
+def _local_filesystem() -> Any:
+    return pafs.LocalFileSystem()
+
+
+def _s3_environment() -> tuple[str, str]:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return endpoint, os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+
+
+@functools.lru_cache(maxsize=16)
+def _s3_filesystem(query: str, endpoint: str, region: str) -> Any:
+    given = {key: values[-1] for key, values in urllib.parse.parse_qs(query).items()}
+    unknown = sorted(set(given) - {"endpoint_override", "scheme", "region"})
+    if unknown:
+        raise UserError(f"storage: {unknown[0]}: not known in an s3:// URI; endpoint_override, scheme and region are")
+    endpoint = given.get("endpoint_override", endpoint)
+    scheme, separator, host = endpoint.rpartition("://")
+    options: dict[str, Any] = {"scheme": given.get("scheme") or (scheme if separator else "https")}
+    if endpoint:
+        options["endpoint_override"] = host.rstrip("/")
+    region = given.get("region", region) or ("us-east-1" if endpoint else "")
+    if region:
+        options["region"] = region
+    return pafs.S3FileSystem(
+        **options,
+        connect_timeout=10,
+        request_timeout=120,
+        allow_delayed_open=True,  # what fits into one part is one put
+        background_writes=False,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=8),
+    )
+
+
+@contextlib.contextmanager
+def _clear_errors(doing: str, where: str) -> Iterator[None]:
+    """Turn faults that the user can mend into UserError: no space, no permission, a file where a folder should be."""
+    try:
+        yield
+    except OSError as error:
+        problem = _explain(error)
+        if problem is None:
+            raise
+        raise UserError(f"{where}: {problem} (while {doing} it)") from error
+
+
+def _explain(error: OSError) -> str | None:
+    text = str(error)
+    if error.errno in _NO_SPACE or "[errno 28]" in text or "[errno 122]" in text:
+        return "no space left on that device; free some or choose another storage="
+    if error.errno in _REFUSED or isinstance(error, PermissionError):
+        return "no permission; change its mode or choose another place"
+    if error.errno == errno.ENOTDIR or isinstance(error, NotADirectoryError | FileExistsError):
+        return "a file stands where a folder should be; remove it or choose another storage="
+    if error.errno is None and "AWS Error" in text:
+        return next((said for key, said in _S3_FAULTS.items() if key in text.upper().replace(" ", "_")), None)
+    return None
