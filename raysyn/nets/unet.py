@@ -1,0 +1,247 @@
+"""The semantic U-Net: DDPM++, NCSN++ and ADM by its settings, SPADE in the decoder (REFERENCE §2).
+
+Parameter names are those of the published layout, so a published checkpoint loads by name.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raysyn.config import NetConfig
+from raysyn.labels import NUM_CHANNELS
+from raysyn.nets.blocks import Block, FourierEmbedding, PlainNorm, PositionalEmbedding, ResampleConv, initialise
+from raysyn.nets.spade import Conditioning, Modulation, Spade
+from raysyn.types import UserError
+
+
+class Arch(NamedTuple):
+    """What tells the three architectures apart."""
+
+    taps: tuple[int, ...]
+    skip_scale: float
+    eps: float
+    scale_shift: bool
+    fourier: bool
+    pyramid: bool
+
+
+ARCHES = {
+    #                taps          skip scale      eps   scale-shift fourier pyramid
+    "ddpmpp": Arch((1, 1), math.sqrt(0.5), 1e-6, False, False, False),
+    "ncsnpp": Arch((1, 3, 3, 1), math.sqrt(0.5), 1e-6, False, True, True),
+    "adm": Arch((1, 1), 1.0, 1e-5, True, False, False),
+}
+
+
+class SemanticUNet(ModelMixin, ConfigMixin):
+    """F(c_in·x; c_noise, map): x [B, in, H, W], c_noise [B], one_hot [B, label_channels, ·, ·] -> [B, out, H, W].
+
+    `resolution` is the height and width of x. With `patch_size` p the net works on p x p patches moved to channels.
+    With `learned_variance` the output has twice the channels: (F, variance interpolation).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        resolution: int,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        label_channels: int = NUM_CHANNELS,
+        arch: str = "adm",
+        base_channels: int = 192,
+        channel_multipliers: tuple[int, ...] = (1, 2, 3, 4),
+        num_blocks: int = 3,
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
+        channels_per_head: int = 64,
+        dropout: float = 0.1,
+        spade_hidden: int = 128,
+        spade_kernel: int = 3,
+        patch_size: int = 1,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__()
+        stride = patch_size * 2 ** (len(channel_multipliers) - 1)
+        if resolution % stride:
+            raise UserError(f"resolution: {resolution} is not a multiple of the net's stride {stride}")
+        self.arch, self.levels = ARCHES[arch], len(channel_multipliers)
+        self.attention_at, self.heads_of = set(attention_resolutions), self._heads(arch, channels_per_head)
+        self.base, self.num_spades = base_channels, 0
+        self._embeddings(base_channels, 4 * base_channels)
+        self.block = partial(
+            Block,
+            embedding=4 * base_channels,
+            dropout=dropout,
+            skip_scale=self.arch.skip_scale,
+            taps=self.arch.taps,
+            scale_shift=self.arch.scale_shift,
+            resample_proj=arch != "adm",
+        )
+        size, widths = resolution // patch_size, [base_channels * m for m in channel_multipliers]
+        channels_in = in_channels * patch_size**2
+        channels_out = out_channels * patch_size**2 * (2 if learned_variance else 1)
+        skips = self._encoder(size, channels_in, widths, num_blocks)
+        self._decoder(size, widths, num_blocks, skips, (label_channels, spade_hidden, spade_kernel))
+        self._head(size, widths[0], channels_out)
+        initialise(self, xavier=arch != "adm")
+        self._scale_head(arch)
+
+    @classmethod
+    def from_net_config(cls, net: NetConfig, resolution: int) -> SemanticUNet:
+        """The net of a model's config for x of `resolution` x `resolution`."""
+        keys = ("arch", "base_channels", "num_blocks", "channels_per_head", "dropout", "spade_hidden", "spade_kernel")
+        return cls(
+            resolution=resolution,
+            channel_multipliers=tuple(net.channel_multipliers),
+            attention_resolutions=tuple(net.attention_resolutions),
+            patch_size=net.patch_size,
+            learned_variance=net.learned_variance,
+            **{key: getattr(net, key) for key in keys},
+        )
+
+    @staticmethod
+    def _heads(arch: str, channels_per_head: int) -> Any:
+        return (lambda channels: max(1, channels // channels_per_head)) if arch == "adm" else (lambda channels: 1)
+
+    def _embeddings(self, base: int, width: int) -> None:
+        if self.arch.fourier:
+            self.map_noise: nn.Module = FourierEmbedding(2 * base)
+        else:
+            self.map_noise = PositionalEmbedding(base, endpoint=not self.arch.scale_shift)
+        self.map_layer0 = nn.Linear(2 * base if self.arch.fourier else base, width)
+        self.map_layer1 = nn.Linear(width, width)
+
+    def _encoder(self, size: int, channels_in: int, widths: list[int], num_blocks: int) -> list[int]:
+        norm, block, taps = partial(PlainNorm, eps=self.arch.eps), self.block, self.arch.taps
+        self.enc, skips, pyramid = nn.ModuleDict(), [], channels_in
+        channels = widths[0] if self.arch.scale_shift else self.base
+        for level, width in enumerate(widths):
+            side = size >> level
+            name = f"{side}x{side}"
+            if level == 0:
+                self.enc[f"{name}_conv"] = ResampleConv(channels_in, channels, 3)
+            else:
+                self.enc[f"{name}_down"] = block(channels, channels, down=True, norm=norm)
+                if self.arch.pyramid:
+                    conv = ResampleConv(pyramid, channels, 3, down=True, taps=taps, fused=True)
+                    self.enc[f"{name}_aux_residual"] = conv
+                    pyramid = channels
+            skips.append(channels)
+            for i in range(num_blocks):
+                heads = self.heads_of(width) if side in self.attention_at else 0
+                self.enc[f"{name}_block{i}"] = block(channels, width, num_heads=heads, norm=norm)
+                channels = width
+                skips.append(channels)
+        return skips
+
+    def _decoder(self, size: int, widths: list[int], num_blocks: int, skips: list[int], spade: tuple) -> None:
+        self.dec, channels, block = nn.ModuleDict(), widths[-1], self.block
+
+        def norm(width: int) -> Spade:
+            self.num_spades += 1
+            return Spade(width, *spade, index=self.num_spades - 1)
+
+        for level, width in reversed(list(enumerate(widths))):
+            side = size >> level
+            name = f"{side}x{side}"
+            if level == len(widths) - 1:
+                self.dec[f"{name}_in0"] = block(channels, channels, num_heads=self.heads_of(channels), norm=norm)
+                self.dec[f"{name}_in1"] = block(channels, channels, norm=norm)
+            else:
+                self.dec[f"{name}_up"] = block(channels, channels, up=True, norm=norm)
+            for i in range(num_blocks + 1):
+                attends = side in self.attention_at and (self.arch.scale_shift or i == num_blocks)
+                heads = self.heads_of(width) if attends else 0
+                self.dec[f"{name}_block{i}"] = block(channels + skips.pop(), width, num_heads=heads, norm=norm)
+                channels = width
+
+    def _head(self, size: int, channels: int, channels_out: int) -> None:
+        norm, conv = PlainNorm(channels, self.arch.eps), ResampleConv(channels, channels_out, 3)
+        if self.arch.scale_shift:
+            self.out_norm, self.out_conv = norm, conv
+        else:
+            self.dec[f"{size}x{size}_aux_norm"], self.dec[f"{size}x{size}_aux_conv"] = norm, conv
+
+    @torch.no_grad()
+    def _scale_head(self, arch: str) -> None:
+        conv = self._out_layers()[1]
+        conv.weight.mul_(0 if arch == "adm" else 1e-5)  # type: ignore[union-attr]
+        conv.bias.zero_()  # type: ignore[union-attr]
+
+    def _out_layers(self) -> tuple[nn.Module, ResampleConv]:
+        if self.arch.scale_shift:
+            return self.out_norm, self.out_conv
+        side = self.config.resolution // self.config.patch_size  # type: ignore[attr-defined]
+        return self.dec[f"{side}x{side}_aux_norm"], self.dec[f"{side}x{side}_aux_conv"]  # type: ignore[return-value]
+
+    def _embed(self, c_noise: Tensor) -> Tensor:
+        emb = self.map_noise(c_noise.flatten())
+        if not self.arch.scale_shift:  # DDPM++ and NCSN++ swap the halves: [sin, cos]
+            emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def spade_sizes(self) -> list[tuple[Spade, int]]:
+        """Every SPADE layer in the order of its index, with the height of the features that it normalises."""
+        found = []
+        for name, module in self.dec.items():
+            side = int(name.split("x")[0])
+            for key, layer in module.named_children():
+                if isinstance(layer, Spade):
+                    below = side // 2 if name.endswith("_up") and key == "norm0" else side
+                    found.append((layer, below))
+        return sorted(found, key=lambda pair: pair[0].index)
+
+    def modulations(self, one_hot: Tensor, budget_bytes: float | None = None) -> list[Modulation | None]:
+        """(1+γ, β) of the SPADE layers for these maps, for all steps to share; None where the budget leaves one out.
+
+        The layers that save most work a byte are kept first: those with many channels into γ and β at few pixels cost
+        as much work a byte as others, so smaller feature maps come first and overheads are saved too.
+        """
+        conditioning = Conditioning(one_hot)
+        kept: list[Modulation | None] = [None] * self.num_spades
+        used = 0.0
+        for layer, side in sorted(self.spade_sizes(), key=lambda pair: pair[1]):
+            size = 2 * one_hot.shape[0] * layer.norm.num_channels * side * side * 4
+            if budget_bytes is not None and used + size > budget_bytes:
+                continue
+            kept[layer.index] = layer.modulation(conditioning.at((side, side)))
+            used += size
+        return kept
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        one_hot: Tensor | None = None,
+        modulations: list[Modulation | None] | None = None,
+    ) -> Tensor:
+        if one_hot is None:  # the null mask
+            shape = (x.shape[0], self.config.label_channels, *x.shape[2:])  # type: ignore[attr-defined]
+            one_hot = x.new_zeros(shape)
+        patch = self.config.patch_size  # type: ignore[attr-defined]
+        conditioning = Conditioning(one_hot, modulations)
+        x = F.pixel_unshuffle(x, patch) if patch > 1 else x
+        emb = self._embed(c_noise.expand(x.shape[0]))
+        skips: list[Tensor] = []
+        pyramid = x
+        for name, layer in self.enc.items():
+            if name.endswith("_aux_residual"):
+                x = skips[-1] = pyramid = (x + layer(pyramid)) / math.sqrt(2)
+            else:
+                x = layer(x, emb, conditioning) if isinstance(layer, Block) else layer(x)
+                skips.append(x)
+        for layer in self.dec.values():
+            if isinstance(layer, Block):
+                if x.shape[1] != layer.conv0.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, emb, conditioning)
+        norm, conv = self._out_layers()
+        out = conv(F.silu(norm(x)))
+        return F.pixel_shuffle(out, patch) if patch > 1 else out
