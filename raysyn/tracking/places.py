@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import sqlite3
 import subprocess
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -49,13 +52,11 @@ def artifact_location(uri: str, storage: str) -> str | None:
 def ensure_database(uri: str) -> None:
     """Create the schema of a database `uri` once, before several processes log to it. Servers look after their own.
 
-    Safe to call from many processes: MLflow holds a file lock meanwhile. Costs nothing when the sqlite schema is there.
+    Safe to call from many processes of a host. Costs nothing when the sqlite schema is there; a `Tracker` does the same
+    when it connects, so a driver need not wait for it.
     """
-    if uri.startswith(("http://", "https://")) or has_schema(uri):
-        return
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    open_client(uri).search_experiments(max_results=1)
+    if not uri.startswith(("http://", "https://")) and not has_schema(uri):
+        open_client(uri).search_experiments(max_results=1)
 
 
 def has_schema(uri: str) -> bool:
@@ -75,11 +76,27 @@ def _local_folder(storage: str) -> Path | None:
 
 
 def open_client(uri: str) -> Any:
+    """MLflow's client for `uri`, a database's schema made when it is new."""
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     from mlflow.tracking.client import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if uri.startswith(("http://", "https://")):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - slow, so before the lock
+
+    # MLflow's own lock lets a second process in between the tables and their migrations, where it fails.
+    with _lock_file(uri).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _lock_file(uri: str) -> Path:
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///"))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        return database.with_name(f"{database.name}.lock")
+    return Path(tempfile.gettempdir()) / f"raysyn-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
 
 
 def git_commit() -> str:

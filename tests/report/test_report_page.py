@@ -1,0 +1,244 @@
+"""Figures, pictures and the page, on rows made up for it."""
+
+import base64
+import csv
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raysyn.labels import COLOURS
+from raysyn.report import Samples, publish, write_report
+from raysyn.report.figures import cost_bars, cost_figure, curve_figure, model_colours, realism_figure, save_figure
+from raysyn.report.grids import GAP, MARGIN, hero_picture, sample_grid, spread, tile_rows, worst_pairs
+from raysyn.types import FrameArrays
+
+
+def study(models: tuple[str, ...] = ("edm", "edm_l128"), steps: tuple[int, ...] = (5, 8)) -> list[dict]:
+    rows = [
+        {"trained_on": "phantom", "fd_lite0": 12.0, "mean_dice": 0.96, "mean_dice_low": 0.95, "mean_dice_high": 0.97}
+    ]
+    for m, model in enumerate(models):
+        for num_steps in steps:
+            dice = 0.93 + 0.001 * num_steps + 0.004 * m
+            rows.append(
+                {"trained_on": "synthetic", "model": model, "space": "latent" if m else "pixel", "solver": "heun"}
+                | {
+                    "num_steps": num_steps,
+                    "num_function_evals": 2 * num_steps - 1,
+                    "seconds_per_image": num_steps / (m + 1),
+                }
+                | {"fd_lite0": 100.0 - num_steps - m, "fd_lite0_low": 80.0, "fd_lite0_high": 120.0}
+                | {"mean_dice": dice, "mean_dice_low": dice - 0.01, "mean_dice_high": dice + 0.01}
+                | {"cost/fit_cpu_seconds": 100.0, "cost/sample_cpu_seconds": 10.0 * num_steps}
+                | {"cost/total_cpu_seconds": 100.0 + 10 * num_steps}
+            )
+    return rows
+
+
+def frames(count: int, source: str = "phantom", masks: list[str] | None = None, shift: int = 0) -> FrameArrays:
+    label_map = np.zeros((count, 16, 16), np.uint8)
+    label_map[:, 4:, 2:14] = 2
+    for i in range(count):
+        label_map[i, 6:10, 3 + (i + shift) % 5 :][:, :4] = 1
+    return FrameArrays(
+        image_u8=np.random.default_rng(count).integers(0, 255, (count, 16, 16), dtype=np.uint8),
+        label_map=label_map,
+        view=np.zeros(count, np.uint8),
+        phase=np.zeros(count, np.uint8),
+        spacing_mm=np.ones((count, 2), np.float32),
+        frame_id=[f"{source}-{i}" for i in range(count)],
+        patient_id=[f"p{i}" for i in range(count)],
+        mask_frame_id=masks or [""] * count,
+        source=[source] * count,
+    )
+
+
+class Page(HTMLParser):
+    """What a page refers to outside itself, and its cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.images = 0
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        for key, value in attrs:
+            if key in ("src", "href", "action", "data") and not (value or "").startswith("data:"):
+                self.outside.append(value)
+        self.images += tag == "img"
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_whole_and_refers_to_nothing_outside(tmp_path: Path) -> None:
+    source = frames(9)
+    synthetic = frames(9, "synthetic", source.frame_id, shift=1)
+    pairs = (synthetic.image_u8, source.image_u8, np.linspace(0, 1, 9))
+    written = write_report(
+        tmp_path / "report",
+        study(),
+        curves={"learning": [{"series": "edm", "x": i, "y": 1 / (i + 1)} for i in range(9)], "num_synthetic": []},
+        samples=Samples(("phantom", source), {"edm_l128 heun 5": synthetic}, {"edm_l128 heun 5": pairs}),
+        failures={"fit vp": "loss <is> not finite"},
+        info={"fingerprints": {"compare": "ab12"}, "data": "phantom"},
+    )
+    assert all(path.is_file() for path in written)
+    assert written[0].name == "index.html"
+    text = written[0].read_text()
+    page = Page(text)
+    assert page.outside == []
+    assert page.open == []
+    assert not re.search(r"https?://|@import|url\(", text)
+    names = {path.name for path in written}
+    expected = {
+        f"{n}.{e}"
+        for n in ("cost_dice", "realism_dice", "total_cost_dice", "cost_bars", "learning")
+        for e in ("png", "csv")
+    }
+    expected |= {
+        "table.csv",
+        "table_full.csv",
+        "hero.png",
+        "phantom.png",
+        "edm_l128_heun_5.png",
+        "edm_l128_heun_5_nearest.png",
+    }
+    assert expected | {"index.html", "colours.png"} == names
+    assert page.images == sum(name.endswith(".png") for name in names)
+    assert "loss &lt;is&gt; not finite" in text
+    assert "ab12" in text
+    assert "cores" in text
+    first = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", text)[1])
+    assert first == (tmp_path / "report" / "figures" / "cost_dice.png").read_bytes()
+
+
+def test_a_study_without_generated_rows_still_has_its_page(tmp_path: Path) -> None:
+    written = write_report(tmp_path, study()[:1])
+    assert {path.name for path in written} == {"index.html", "table.csv", "table_full.csv"}
+    assert "None: every stage of the study finished." in written[0].read_text()
+
+
+def test_a_report_is_published_to_storage(tmp_path: Path) -> None:
+    write_report(tmp_path / "here", study())
+    publish(tmp_path / "here", str(tmp_path / "there"))
+    assert {p.relative_to(tmp_path / "here") for p in (tmp_path / "here").rglob("*.*")} == {
+        p.relative_to(tmp_path / "there") for p in (tmp_path / "there").rglob("*.*")
+    }
+
+
+def test_the_cost_figure_marks_the_front(tmp_path: Path) -> None:
+    made = cost_figure(study(), "seconds_per_image", "Sampling cost (seconds an image)", "cost_dice")
+    assert made is not None
+    _, numbers = save_figure(made, tmp_path)
+    rows = {r["row"]: r for r in csv.DictReader(numbers.open())}
+    assert {name for name, r in rows.items() if r["on_front"] == "True"} == {"edm_l128 heun 5", "edm_l128 heun 8"}
+    assert rows["edm heun 5"]["seconds_per_image"] == "5"
+    axes = made.figure.axes[0]
+    assert (axes.get_xscale(), axes.get_title(loc="left")) == ("log", "Sampling cost against Dice")
+    assert {t.get_text() for t in axes.texts} == {"5", "8"}, "each point says its steps"
+    texts = {t.get_text() for t in axes.get_legend().get_texts()}
+    assert {"edm", "edm_l128", "heun", "Pareto front", "trained on phantom"} <= texts
+
+
+def test_the_realism_figure_gives_the_correlation_and_its_rows() -> None:
+    made = realism_figure(study(models=("a", "b", "c"), steps=(5, 10, 20)))
+    assert made is not None
+    assert "(9 rows)" in made.caption
+    assert "Spearman ρ" in made.caption
+    assert "The paper's claim on 9 rows" in made.caption
+    assert all(p["fd_lite0_low"] == 80.0 for p in made.data)
+    few = realism_figure(study(steps=(5,)))
+    assert few is not None
+    assert "cannot be tested on 2 rows" in few.caption
+
+
+def test_labels_of_points_do_not_overlap() -> None:
+    made = cost_figure(study(models=("a", "b", "c", "d"), steps=(5, 6, 7, 8)), "seconds_per_image", "Cost (s)", "c")
+    assert made is not None
+    renderer = made.figure.canvas.get_renderer()
+    boxes = [t.get_window_extent(renderer) for t in made.figure.axes[0].texts]
+    assert len(boxes) >= 8
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_figures_without_numbers_are_not_drawn() -> None:
+    assert cost_figure(study()[:2], "seconds_per_image", "x", "x") is None
+    assert realism_figure(study()[:1]) is None
+    assert cost_bars(study(), {"cost/nothing": "nothing"}, "s") is None
+    assert curve_figure("a", "b", "c", "d", [{"series": "x", "x": 1, "y": None}]) is None
+
+
+def test_bars_stack_to_the_whole_cost() -> None:
+    made = cost_bars(study(), {"cost/fit_cpu_seconds": "fit", "cost/sample_cpu_seconds": "sampling"}, "CPU-seconds")
+    assert made is not None
+    assert [t.get_text().strip() for t in made.figure.axes[0].texts] == ["150", "180", "150", "180"]
+
+
+def test_a_model_has_one_colour_in_every_figure() -> None:
+    assert list(model_colours(study()).values()) == ["#0072B2", "#D55E00"]
+
+
+def test_a_grid_shows_the_label_map_above_its_frame() -> None:
+    set_of = frames(3)
+    grid = np.asarray(sample_grid(set_of, count=3, cell=16))
+    left = grid.shape[1] - MARGIN - 3 * 16 - 2 * GAP
+    tile = grid[MARGIN : MARGIN + 16, left : left + 16]
+    assert np.array_equal(tile, COLOURS[set_of.label_map[0]])
+    below = grid[MARGIN + 16 + GAP : MARGIN + 32 + GAP, left : left + 16]
+    assert np.array_equal(below[..., 0], set_of.image_u8[0])
+
+
+def test_frames_are_spread_over_the_set() -> None:
+    assert spread(100, 4) == [12, 37, 62, 87]
+    assert spread(2, 8) == [0, 1]
+    assert spread(0, 3) == []
+
+
+def test_the_hero_shares_a_mask_only_where_it_is_the_same() -> None:
+    source = frames(4)
+    one, same = (frames(4, name, source.frame_id, shift=1) for name in ("a", "b"))
+    other = frames(4, "c", source.frame_id, shift=2)
+    cell = 20
+
+    def tall(sets: dict[str, FrameArrays]) -> int:
+        picture = hero_picture("phantom", source, sets, count=3, cell=cell)
+        return (picture.height - 2 * MARGIN + GAP) // (cell + GAP)
+
+    assert tall({"a": one, "b": same}) == 4, "frame, mask, a, b"
+    assert tall({"a": one, "c": other}) == 5, "c has masks of its own"
+    orphan = frames(4, "a", ["elsewhere"] * 4)
+    assert tall({"a": orphan}) == 2, "no frame is shown that did not give the mask"
+
+
+def test_worst_pairs_come_first() -> None:
+    shade = np.arange(4, dtype=np.uint8)[:, None, None] * 50 + np.zeros((4, 8, 8), np.uint8)
+    picture = np.asarray(worst_pairs(shade, shade + 10, [0.1, 0.9, 0.5, 0.2], cell=8, count=3).convert("L"))
+    left = MARGIN + 76
+    firsts = [int(picture[MARGIN + 4, left + k * (8 + GAP) + 4]) for k in range(3)]
+    assert firsts == [50, 100, 150]
+    assert int(picture[MARGIN + 8 + GAP + 4, left + 4]) == 60
+
+
+def test_an_empty_row_list_makes_a_small_blank_picture() -> None:
+    assert isinstance(tile_rows([]), Image.Image)
+
+
+@pytest.mark.parametrize("name", ["figures/cost_dice.png", "figures/realism_dice.png", "figures/cost_bars.png"])
+def test_figures_have_ink_and_margins(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    folder = tmp_path_factory.getbasetemp() / "ink"
+    if not folder.exists():
+        write_report(folder, study())
+    picture = np.asarray(Image.open(folder / name).convert("L"))
+    assert picture.shape[1] == 1140
+    assert (picture < 128).mean() > 0.003
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge > 250).all(), "nothing is cut off at the edge"
