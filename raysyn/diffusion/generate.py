@@ -1,0 +1,97 @@
+"""From label maps and seeds to clean images (or latents): noise, guidance, modulations, one solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysyn.config import SamplerConfig
+from raysyn.diffusion.noise import seeded_noise, sigma_grid
+from raysyn.diffusion.precondition import Denoiser
+from raysyn.diffusion.solvers import SOLVERS
+from raysyn.types import UserError
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def num_network_evals(sampler: SamplerConfig, evaluations: int) -> int:
+    """Evaluations of the network itself: guidance makes two of each within its interval (counted as everywhere)."""
+    return evaluations * (2 if sampler.guidance_scale != 1.0 else 1)
+
+
+@torch.inference_mode()
+def generate(
+    denoiser: Denoiser,
+    one_hot: Tensor,
+    seeds: Sequence[int],
+    sampler: SamplerConfig,
+    *,
+    shape: tuple[int, int, int],
+    amp: str = "none",
+    modulation_cache_bytes: float = 0.0,
+) -> Tensor:
+    """Sample x [B, *shape] fp32 (shape: channels, height, width of the model's own space) for maps [B, 10, H, W].
+
+    Every random number of image i comes from seeds[i] alone; the solver's state is fp32, only the network runs in
+    `amp`. The modulations of SPADE are computed once and shared by all evaluations as far as the cache reaches.
+    Raises UserError where maps and seeds differ in number.
+    """
+    if len(seeds) != one_hot.shape[0]:
+        raise UserError(f"seeds: {len(seeds)} for {one_hot.shape[0]} label maps; give one a map")
+    device = one_hot.device
+    sigmas = sigma_grid(sampler, denoiser.precondition)
+    x = (seeded_noise(seeds, shape) * sigmas[0]).float().to(device)
+    dtype = AMP_DTYPES.get(amp)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        denoise = _guided(denoiser, one_hot, sampler, modulation_cache_bytes)
+        return SOLVERS[sampler.solver](denoise, x, sigmas, **_solver_options(sampler, seeds, shape))
+
+
+def _conditional(denoiser: Denoiser, one_hot: Tensor, cache_bytes: float) -> Callable[[Tensor, Tensor], Any]:
+    modulations = denoiser.modulations(one_hot, cache_bytes) if cache_bytes > 0 else None
+
+    def denoise(x: Tensor, sigma: Tensor) -> Any:
+        out, v = denoiser.with_variance(x, sigma, one_hot, modulations)
+        return out if v is None else (out, v)
+
+    return denoise
+
+
+def _guided(denoiser: Denoiser, one_hot: Tensor, sampler: SamplerConfig, cache_bytes: float) -> Callable:
+    """D_null + w·(D − D_null) where σ lies in the guidance interval (arXiv:2207.12598, interval: 2404.07724)."""
+    conditional = _conditional(denoiser, one_hot, cache_bytes)
+    wants_variance = sampler.solver == "ddpm"
+    w = sampler.guidance_scale
+    unconditional = _conditional(denoiser, torch.zeros_like(one_hot), cache_bytes) if w != 1.0 else None
+
+    def denoise(x: Tensor, sigma: Tensor) -> Any:
+        out = conditional(x, sigma)
+        d, v = out if isinstance(out, tuple) else (out, None)
+        if unconditional is not None and sampler.guidance_sigma_min <= float(sigma) <= sampler.guidance_sigma_max:
+            null = unconditional(x, sigma)
+            null = null[0] if isinstance(null, tuple) else null
+            d = null + w * (d - null)
+        return (d, v) if wants_variance and v is not None else d
+
+    return denoise
+
+
+def _solver_options(sampler: SamplerConfig, seeds: Sequence[int], shape: tuple[int, int, int]) -> dict[str, Any]:
+    if sampler.solver == "generalised":
+        return {"schedule": sampler.schedule, "scaling": sampler.scaling}
+    if sampler.solver not in ("stochastic_heun", "ddpm"):
+        return {}
+    # A stream of its own, not the one that drew x: else the first fresh noise would equal the initial one.
+    streams = [torch.Generator().manual_seed(int(s) ^ 0x5DEECE66D) for s in seeds]
+
+    def noise(like: Tensor) -> Tensor:
+        fresh = torch.stack([torch.randn(*shape, generator=g) for g in streams])
+        return fresh.to(like.device, like.dtype)
+
+    if sampler.solver == "ddpm":
+        return {"noise": noise}
+    churn = {"s_churn": sampler.s_churn, "s_min": sampler.s_min, "s_max": sampler.s_max, "s_noise": sampler.s_noise}
+    return {"noise": noise, **churn}
