@@ -1,0 +1,166 @@
+"""The published PNG layout (REFERENCE §3), of real and of synthetic sets alike; frames from it count as real input.
+
+`images/{training,validation,testing}/*.png` with `annotations/…` (labels 0-3) and, if there, `sector_annotations/…`
+(structures 0-4), each under the picture's name or that name with `_gt`. Split and patient come from the folder and from
+the whole name, `[prefix_]patientNNNN_{2CH,4CH}_{ED,ES}[_suffix].png`, never from a part of the path.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysyn.data.pictures import NUM_CAMUS_LABELS, BadPicture, as_grey, as_labels, check_readable, sector_mask
+from raysyn.data.readers import (
+    Digest,
+    FrameFiles,
+    Index,
+    Patient,
+    Problems,
+    Skipped,
+    folder_names,
+    make_frame,
+    split_once,
+)
+from raysyn.labels import STRUCTURES, from_camus
+from raysyn.types import Frame, UserError
+
+FOLDERS = {"train": "training", "validation": "validation", "test": "testing"}
+NAME = re.compile(
+    r"(?:(?P<prefix>[A-Za-z0-9.-]+(?:_[A-Za-z0-9.-]+)*)_)?"
+    r"(?P<patient>patient\d{4,})_(?P<view>2CH|4CH)_(?P<phase>ED|ES)"
+    r"(?:_(?P<suffix>[A-Za-z0-9.-]+(?:_[A-Za-z0-9.-]+)*))?\.png"
+)
+
+
+@dataclass(frozen=True)
+class PngFolderReader:
+    """PNG pictures and labels below `root`, frames at `image_size` squared. Spacing is unknown in this layout."""
+
+    root: str
+    image_size: int
+    on_bad_frame: str = "raise"
+    name: str = "png_folder"
+
+    @property
+    def writes_before_checked(self) -> bool:
+        """Only where bad frames are skipped; under `raise` a bad one means that nothing is written."""
+        return self.on_bad_frame == "skip"
+
+    def index(self) -> Index:
+        """Patients in the order of their names. Raises UserError when the layout is another, or a file is bad."""
+        return _index(Path(self.root), self.on_bad_frame)
+
+    def read(self, patient: Patient) -> tuple[list[Frame], list[Skipped]]:
+        """The frames of one patient, and what was left out."""
+        problems, frames = Problems(self.on_bad_frame), []
+        for files in patient.files:
+            try:
+                frames.append(read_frame(files, patient, self.image_size))
+            except BadPicture as bad:
+                problems.add(bad.file, bad.reason)
+        return frames, problems.skipped
+
+    def facts(self, patient: Patient) -> dict[str, Any]:
+        """Nothing: the layout carries no records."""
+        return {}
+
+
+def parse_name(name: str) -> tuple[str, str, str]:
+    """(patient, view, phase) of a file name. Raises BadPicture unless the whole name fits, with one patient in it."""
+    match = NAME.fullmatch(name)
+    if match is None or len(re.findall(r"(?:^|_)patient\d", name)) != 1:
+        raise BadPicture(name, "the name is not [prefix_]patientNNNN_{2CH,4CH}_{ED,ES}[_suffix].png")
+    return match["patient"], match["view"], match["phase"]
+
+
+def read_frame(files: FrameFiles, patient: Patient, image_size: int) -> Frame:
+    """One frame. Raises BadPicture: unreadable file, unequal sizes, unknown labels, no sector."""
+    grey = as_grey(_read_png(files.image), files.image)
+    file = files.sector or files.annotation
+    labels = as_labels(_read_png(file), file, len(STRUCTURES) if files.sector else NUM_CAMUS_LABELS)
+    if grey.shape != labels.shape:
+        sizes = f"{list(labels.shape)}, its picture {list(grey.shape)}"
+        raise BadPicture(file, f"sizes differ: the ground truth is {sizes} (rows, columns)")
+    if not files.sector:
+        labels = from_camus(labels, sector_mask(grey, files.image))
+    elif not labels.any():
+        raise BadPicture(file, "every pixel is outside the sector")
+    return make_frame(files, patient, grey, labels, None, image_size)
+
+
+def _read_png(file: str) -> np.ndarray:
+    """[H, W] of an 8-bit grey or palette PNG, or of an RGB one whose channels are equal. Raises BadPicture."""
+    from PIL import Image
+
+    check_readable(file)
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            mode, values = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadPicture(file, f"cannot be read as PNG, it may be cut off ({error})") from None
+    if mode in ("L", "P"):
+        return values
+    if (
+        mode in ("RGB", "RGBA")
+        and (values[..., 0] == values[..., 1]).all()
+        and (values[..., 0] == values[..., 2]).all()
+    ):
+        return values[..., 0]
+    raise BadPicture(file, f"is not an 8-bit grey PNG (mode {mode})")
+
+
+def _index(root: Path, policy: str) -> Index:
+    problems, digest = Problems(policy), Digest()
+    folders = {split: name for split, name in FOLDERS.items() if (root / "images" / name).is_dir()}
+    if "train" not in folders:
+        raise UserError(
+            f"data.root: {root} has no images/training/; give the folder that holds images/ and annotations/"
+        )
+    files: dict[str, dict[str, list[FrameFiles]]] = {}
+    for split, name in folders.items():
+        files[split] = _index_split(root, name, problems, digest)
+    origin = {split: str(root / "images" / name) for split, name in folders.items()}
+    split_of = split_once({split: sorted(found) for split, found in files.items()}, origin, problems)
+    patients = [Patient(p, split_of[p], tuple(files[split_of[p]][p])) for p in sorted(split_of)]
+    notes = [f"there is no images/{FOLDERS[s]}/, so there is no {s} split" for s in FOLDERS if s not in folders]
+    return Index(patients, problems.skipped, digest.hexdigest(), notes)
+
+
+def _index_split(root: Path, name: str, problems: Problems, digest: Digest) -> dict[str, list[FrameFiles]]:
+    """patient → frames of one split folder, pictures without labels left to `problems`."""
+    kinds = ("images", "annotations", "sector_annotations")
+    present = {kind: _names(root / kind / name) if (root / kind / name).is_dir() else {} for kind in kinds}
+    for kind in kinds:
+        for file, stat in present[kind].items():
+            digest.add(f"{kind}/{name}/{file}", stat)
+    found: dict[str, list[FrameFiles]] = {}
+    for file in (f for f in present["images"] if f.endswith(".png")):
+        path = root / "images" / name / file
+        try:
+            patient, view, phase = parse_name(file)
+        except BadPicture as bad:
+            problems.add(path, bad.reason)
+            continue
+        stem = file.removesuffix(".png")
+        labels = {
+            kind: next((str(root / kind / name / n) for n in (file, f"{stem}_gt.png") if n in present[kind]), "")
+            for kind in kinds[1:]
+        }
+        if not any(labels.values()):
+            problems.add(path, f"the ground truth is missing: no {file} or {stem}_gt.png in annotations/{name}/")
+            continue
+        frame = FrameFiles(stem, view, phase, str(path), labels["annotations"], labels["sector_annotations"])
+        found.setdefault(patient, []).append(frame)
+    return found
+
+
+def _names(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(folder_names(folder))
+    except BadPicture as bad:
+        raise UserError(f"{bad.file}: {bad.reason}") from None
