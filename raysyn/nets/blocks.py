@@ -128,7 +128,7 @@ class Block(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """[cos, sin] of c·(1/10000)^(i/(n/2)) (ADM) or, with the endpoint, ^(i/(n/2−1)) (DDPM++), i < n/2. [B] -> [B, n]."""
+    """[cos, sin] of c·(1/10000)^(i/(n/2)) (ADM), with endpoint ^(i/(n/2−1)) (DDPM++), i < n/2. [B] -> [B, n]."""
 
     def __init__(self, width: int, endpoint: bool) -> None:
         super().__init__()

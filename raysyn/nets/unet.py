@@ -94,11 +94,13 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         self._scale_head(arch)
 
     @classmethod
-    def from_net_config(cls, net: NetConfig, resolution: int) -> SemanticUNet:
-        """The net of a model's config for x of `resolution` x `resolution`."""
+    def from_net_config(cls, net: NetConfig, resolution: int, channels: int = 1) -> SemanticUNet:
+        """The net of a model's config for x of `channels` x `resolution` x `resolution`."""
         keys = ("arch", "base_channels", "num_blocks", "channels_per_head", "dropout", "spade_hidden", "spade_kernel")
         return cls(
             resolution=resolution,
+            in_channels=channels,
+            out_channels=channels,
             channel_multipliers=tuple(net.channel_multipliers),
             attention_resolutions=tuple(net.attention_resolutions),
             patch_size=net.patch_size,
@@ -141,7 +143,9 @@ class SemanticUNet(ModelMixin, ConfigMixin):
                 skips.append(channels)
         return skips
 
-    def _decoder(self, size: int, widths: list[int], num_blocks: int, skips: list[int], spade: tuple) -> None:
+    def _decoder(
+        self, size: int, widths: list[int], num_blocks: int, skips: list[int], spade: tuple[int, int, int]
+    ) -> None:
         self.dec, channels, block = nn.ModuleDict(), widths[-1], self.block
 
         def norm(width: int) -> Spade:

@@ -1,0 +1,74 @@
+"""The model folder as a diffusers `DiffusionPipeline`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from raysyn.compose import build
+from raysyn.config import ModelConfig
+from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
+from raysyn.nets.codecs import LatentCodec, PixelCodec
+from raysyn.nets.gamma_vae import GammaVAE
+from raysyn.nets.unet import SemanticUNet
+from raysyn.pipeline import FittedModel, check_maps, save_model, synthesize_images
+from raysyn.types import UserError
+
+
+class SemanticDiffusionPipeline(DiffusionPipeline):
+    """Label maps to echocardiogram frames. `from_pretrained(folder)` reads what `jobs/fit.py` wrote."""
+
+    _optional_components = ["vae"]
+
+    def __init__(self, unet: SemanticUNet, vae: GammaVAE | None = None, settings: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if not settings:
+            raise UserError("settings: missing; load a folder written by jobs/fit.py or save_pretrained")
+        self.register_modules(unet=unet, vae=vae)
+        self.register_to_config(settings=settings)
+        config = build(ModelConfig, settings["config"])
+        denoiser = Denoiser(unet, PRECONDITIONINGS[config.precondition]()).eval()
+        codec = LatentCodec(vae) if vae is not None else PixelCodec()
+        self.model = FittedModel(denoiser, codec, config, settings["image_size"], "")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
+        """Read a model folder (any of diffusers' options may be given)."""
+        return super().from_pretrained(folder, **{"low_cpu_mem_usage": False, **options})
+
+    def save_pretrained(self, save_directory: str | Path, **facts: Any) -> None:
+        """Write a model folder; the weights at hand stand for both the averaged and the raw ones."""
+        model = self.model
+        save_model(save_directory, self.unet, self.unet, model.codec, model.config, model.image_size, facts)
+
+    def __call__(
+        self,
+        label_maps: np.ndarray,
+        views: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        solver: str | None = None,
+        guidance_scale: float | None = None,
+        output_type: str = "np",
+    ) -> Any:
+        """label_maps uint8 [B, H, W] with values 0 to 4, one of 2CH and 4CH each -> uint8 [B, H, W], or PIL images.
+
+        The same seed and map give the same image in any batch on the same kind of device. Raises UserError for label
+        values outside the set or a map of the wrong size.
+        """
+        maps, view = check_maps(label_maps, views, self.model.image_size)
+        seeds = range(len(maps)) if seeds is None else seeds
+        changes = {"num_steps": num_inference_steps, "solver": solver, "guidance_scale": guidance_scale}
+        wanted = {key: value for key, value in changes.items() if value is not None}
+        sampler = dataclasses.replace(self.model.config.sampler, **wanted)
+        images = synthesize_images(self.model, maps, view, list(seeds), sampler)
+        if output_type == "pil":
+            from PIL import Image
+
+            return [Image.fromarray(image) for image in images]
+        return images

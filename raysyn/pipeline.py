@@ -1,0 +1,203 @@
+"""A fitted model on disk and in a diffusers user's hands.
+
+Layout of a model folder: `unet/` (averaged weights), `unet_raw/` (as trained), `vae/` for latent models (each
+safetensors + config.json), `model.json` (the model's config), `model_index.json` (diffusers), `README.md` (card).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysyn.compose import build
+from raysyn.config import ModelConfig, SamplerConfig, to_dict
+from raysyn.diffusion.generate import generate
+from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
+from raysyn.labels import check_label_map, semantic_index, view_index
+from raysyn.nets.codecs import Codec, LatentCodec, PixelCodec
+from raysyn.nets.gamma_vae import GammaVAE
+from raysyn.nets.spade import one_hot_from_index
+from raysyn.nets.unet import SemanticUNet
+from raysyn.types import UserError
+
+FORMAT = 1
+
+
+@dataclass
+class FittedModel:
+    """A denoiser with its codec, config, the image size it was fitted at, and the sha256 of its weights."""
+
+    denoiser: Denoiser
+    codec: Codec
+    config: ModelConfig
+    image_size: int
+    checkpoint_sha256: str
+
+    def to(self, device: str | torch.device) -> FittedModel:
+        """Move the nets; returns self."""
+        self.denoiser.to(device)
+        if isinstance(self.codec, LatentCodec):
+            self.codec.vae.to(device)
+        return self
+
+
+def synthesize_images(
+    model: FittedModel,
+    label_map: np.ndarray,
+    view: np.ndarray,
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    *,
+    amp: str = "none",
+    modulation_cache_bytes: float = 1 << 30,
+) -> np.ndarray:
+    """Images uint8 [B, H, W] for label_map uint8 [B, H, W] (0 to 4), view uint8 [B] (index into VIEWS), a seed each."""
+    device = next(model.denoiser.parameters()).device
+    index = torch.from_numpy(semantic_index(label_map, view)).to(device)
+    sector = torch.from_numpy(label_map != 0)[:, None].float().to(device)
+    shape = model.codec.shape(label_map.shape[1])
+    x = generate(
+        model.denoiser,
+        one_hot_from_index(index),
+        seeds,
+        sampler or model.config.sampler,
+        shape=shape,
+        amp=amp,
+        modulation_cache_bytes=modulation_cache_bytes,
+    )
+    return to_u8(model.codec.decode(x, sector))
+
+
+def to_u8(image_pm1: Tensor) -> np.ndarray:
+    """uint8 [B, H, W] from image_pm1 [B, 1, H, W]; rounds to the nearest grey level."""
+    scaled = ((image_pm1[:, 0].float() + 1) * 127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).cpu().numpy()
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """sha256 over the weight files that sampling uses, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).rglob("*.safetensors") if "unet_raw" not in p.parts):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def save_model(
+    folder: str | Path,
+    unet: SemanticUNet,
+    raw_unet: SemanticUNet,
+    codec: Codec,
+    config: ModelConfig,
+    image_size: int,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a model folder (local) with averaged and raw weights; returns its checkpoint sha256. `facts` fill the card."""
+    folder = Path(folder)
+    unet.save_pretrained(folder / "unet")
+    raw_unet.save_pretrained(folder / "unet_raw")
+    index: dict[str, Any] = {"_class_name": "SemanticDiffusionPipeline", "unet": ["raysyn", "SemanticUNet"]}
+    index["vae"] = [None, None]
+    if isinstance(codec, LatentCodec):
+        codec.vae.save_pretrained(folder / "vae")
+        index["vae"] = ["raysyn", "GammaVAE"]
+    settings = {"format": FORMAT, "image_size": image_size, "config": to_dict(config)}
+    (folder / "model_index.json").write_text(json.dumps({**index, "settings": settings}, indent=2))
+    sha256 = weights_sha256(folder)
+    (folder / "README.md").write_text(model_card(config, image_size, sha256, facts or {}))
+    (folder / "model.json").write_text(json.dumps({**settings, "checkpoint_sha256": sha256}, indent=2))
+    return sha256
+
+
+def _load_part(cls: Any, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+
+
+def load_model_dir(folder: str | Path) -> FittedModel:
+    """Read a local model folder. Raises UserError for a missing, foreign, incomplete or altered one."""
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / "model.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no model.json there; give the folder that jobs/fit.py names as model_dir") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/model.json: cannot be read ({error})") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or "config" not in saved:
+        raise UserError(f"{folder}/model.json: not a model of this version (format {FORMAT}); fit it again")
+    config = build(ModelConfig, saved["config"])
+    try:
+        unet = _load_part(SemanticUNet, folder / "unet")
+        codec: Codec = LatentCodec(_load_part(GammaVAE, folder / "vae")) if config.space == "latent" else PixelCodec()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder}: weights cannot be read ({str(error).splitlines()[0]})") from None
+    sha256 = weights_sha256(folder)
+    if sha256 != saved["checkpoint_sha256"]:
+        raise UserError(
+            f"{folder}: weights do not match the sha256 in model.json; the folder was altered or is damaged"
+        )
+    denoiser = Denoiser(unet, PRECONDITIONINGS[config.precondition]()).eval()
+    return FittedModel(denoiser, codec, config, saved["image_size"], sha256)
+
+
+def model_card(config: ModelConfig, image_size: int, sha256: str, facts: Mapping[str, Any]) -> str:
+    """README.md of a model folder, in the hub's form."""
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+tags: [echocardiography, semantic-diffusion, synthetic-data]
+---
+# {config.name} at {image_size} px
+
+A semantic diffusion model: it draws apical echocardiogram frames (2CH, 4CH) from label maps.
+Space: {config.space}. Formulation: {config.precondition}. Network: {config.net.arch}. Weights sha256: `{sha256}`.
+
+## Intended use
+Synthetic training data for segmentation and view classification, research only. Not for diagnosis. What an image is
+worth is measured on the task: realism does not tell.
+
+## Data, cost and metrics
+{chr(10).join(lines) or "- not recorded"}
+
+## How to use
+```python
+from raysyn.pipeline import SemanticDiffusionPipeline
+pipeline = SemanticDiffusionPipeline.from_pretrained("this folder")
+images = pipeline(label_maps, views, seeds=[0, 1], num_inference_steps={config.sampler.num_steps})
+```
+"""
+
+
+def check_maps(label_maps: np.ndarray, views: Sequence[str], image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(label maps uint8 [B, H, W], view indices uint8 [B]). Raises UserError for a wrong value, size or view."""
+    label_maps = np.asarray(label_maps)
+    if label_maps.ndim == 2:
+        label_maps = label_maps[None]
+    for i, label_map in enumerate(label_maps):
+        check_label_map(label_map, f"label map {i}")
+        if label_map.shape != (image_size, image_size):
+            size = "x".join(map(str, label_map.shape))
+            raise UserError(f"label map {i}: is {size}, but this model draws {image_size}x{image_size}; resize it")
+    if len(views) != len(label_maps):
+        raise UserError(f"views: {len(views)} for {len(label_maps)} label maps; give one a map")
+    return label_maps, np.array([view_index(v) for v in views], dtype=np.uint8)
+
+
+def __getattr__(name: str) -> Any:
+    """`SemanticDiffusionPipeline`, defined when asked for: diffusers' pipelines cost seconds that samplers do not need."""
+    if name == "SemanticDiffusionPipeline":
+        from raysyn.diffusers_pipeline import SemanticDiffusionPipeline
+
+        return SemanticDiffusionPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
