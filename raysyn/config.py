@@ -95,7 +95,11 @@ class AugmentConfig:
 
 @dataclass
 class FitConfig:
-    """How a net is fitted. `num_images` counts images seen; `global_batch` holds for any number of workers."""
+    """How a net is fitted. `num_images` counts images seen; `global_batch` holds for any number of workers.
+
+    `latents` precomputed: a latent model's images are encoded once, as they are and in `latent_copies`-1 fixed warps;
+    on_the_fly: each image is warped and encoded anew each time.
+    """
 
     num_images: int = 500_000
     global_batch: int = 48
@@ -121,6 +125,7 @@ class FitConfig:
     sample_every_steps: int = 2500
     log_every_steps: int = 50
     latents: str = "precomputed"
+    latent_copies: int = 4
     spike_factor: float = 0.0
     max_rollbacks: int = 2
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -131,6 +136,7 @@ class FitConfig:
         _within(self, num_images=(1, INF), global_batch=(1, 1e6), micro_batch=(1, 1e6), lr=(0, 10), grad_clip=(0, INF))
         _within(self, ema_half_life_images=(0, INF), checkpoint_every_steps=(1, INF), keep_checkpoints=(1, 1000))
         _within(self, validate_every_steps=(1, INF), log_every_steps=(1, INF), beta1=(0, 1), beta2=(0, 1))
+        _within(self, sample_every_steps=(1, INF), latent_copies=(1, 1000), spike_factor=(0, INF))
 
     @property
     def num_steps(self) -> int:
@@ -330,7 +336,11 @@ class RayConfig:
 
 @dataclass
 class WorkersConfig:
-    """Placement. It never changes a result: only how many processes share the work, and what each may use."""
+    """Placement. It never changes a result: only how many processes share the work, and what each may use.
+
+    A fit holds its frames in memory, at most `max_resident_gb` a worker; sets of `ray_data_from_mb` (decoded) or more
+    are read and decoded by Ray Data, smaller ones by the worker itself.
+    """
 
     num_workers: int = 1
     min_workers: int = 0
@@ -338,10 +348,13 @@ class WorkersConfig:
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
     max_failures: int = 3
+    max_resident_gb: float = 16.0
+    ray_data_from_mb: float = 32.0
 
     def __post_init__(self) -> None:
         _within(self, num_workers=(1, 1e5), min_workers=(0, 1e5), gpus_per_worker=(0, 64), cpus_per_worker=(0, 4096))
-        _within(self, threads_per_worker=(1, 4096), max_failures=(-1, 1e6))
+        _within(self, threads_per_worker=(1, 4096), max_failures=(-1, 1e6), max_resident_gb=(0, INF))
+        _within(self, ray_data_from_mb=(0, INF))
 
 
 @dataclass

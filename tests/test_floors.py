@@ -17,6 +17,8 @@ FLOORS = {
         "training",
         "training_state",
         "training_batches",
+        "training_objectives",
+        "training_run",
         "checkpoint",
         "reference_format",
         "pipeline",

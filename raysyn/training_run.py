@@ -1,0 +1,199 @@
+"""A whole fit around the loop: resume, checkpoints, validation of the EMA, rollback after a spike, stop on request."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysyn.config import FitConfig
+from raysyn.training import SIGMA_EDGES, Diverged, Objective, Parallel, Spike, StepReport, autocast, train
+from raysyn.training_state import CheckpointStore, TrainState, folder_of, progress_to_json
+
+
+@dataclass
+class Hooks:
+    """What the outside world is told. Each is called on every rank; the caller decides which rank acts.
+
+    log(metrics, step); sample(step): draw a grid with the averaged weights, which are in the model during the call;
+    step(report); should_stop(): asked after each step.
+    """
+
+    log: Callable[[dict[str, float], int], None] = lambda metrics, step: None
+    sample: Callable[[int], None] = lambda step: None
+    step: Callable[[StepReport], None] = lambda report: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def run(
+    state: TrainState,
+    objective: Objective,
+    config: FitConfig,
+    store: CheckpointStore,
+    parallel: Parallel | None = None,
+    hooks: Hooks | None = None,
+) -> bool:
+    """Fit from the newest whole checkpoint to the end. True when done, False when stopped on request (resumable).
+
+    Raises Diverged, naming the step, the noise level and the last good checkpoint.
+    """
+    parallel, hooks = parallel or Parallel(), hooks or Hooks()
+    _resume(state, store)
+    if config.spike_factor > 0 and not store.steps():
+        _save(state, store, parallel)
+    while True:
+        try:
+            return _run_once(state, objective, config, store, parallel, hooks)
+        except Diverged as error:
+            raise Diverged(f"{error}; {_last_good(store, parallel)}") from None
+        except Spike as spike:
+            rollbacks = [*state.progress.rollbacks, (spike.step, spike.loss)]
+            where = _last_good(store, parallel)
+            if len(rollbacks) > config.max_rollbacks:
+                raise Diverged(f"fit diverged: {spike}, after {config.max_rollbacks} rollbacks; {where}") from None
+            _resume(state, store)
+            state.progress.rollbacks = rollbacks
+            hooks.log({"train/rollbacks": float(len(rollbacks))}, spike.step)
+
+
+def _run_once(
+    state: TrainState, objective: Objective, config: FitConfig, store: CheckpointStore, parallel: Parallel, hooks: Hooks
+) -> bool:
+    window = _Window(config.global_batch)
+    for report in train(state, objective, config, parallel, hooks.should_stop):
+        window.add(report)
+        hooks.step(report)
+        step, last = report.step, report.step == config.num_steps
+        if last or step % config.log_every_steps == 0:
+            hooks.log(window.summary() | _costs(state), step)
+            window = _Window(config.global_batch)
+        if (last or step % config.validate_every_steps == 0) and objective.num_validation:
+            hooks.log({"validation/loss": _validated(state, objective, config, parallel)}, step)
+        if last or report.stop or step % config.checkpoint_every_steps == 0:
+            _save(state, store, parallel)
+        if (last or step % config.sample_every_steps == 0) and not report.stop:
+            with averaged(state), torch.no_grad():
+                objective.module.eval()
+                hooks.sample(step)
+                objective.module.train()
+        if report.stop and not last:
+            store.flush()
+            return False
+    store.flush()
+    return True
+
+
+def _resume(state: TrainState, store: CheckpointStore) -> None:
+    checkpoint = store.newest()
+    if checkpoint is not None:
+        state.load(checkpoint.tensors, checkpoint.meta["progress"])
+
+
+def _save(state: TrainState, store: CheckpointStore, parallel: Parallel) -> None:
+    if parallel.rank == 0:
+        store.save(state.progress.step, state.tensors(), {"progress": progress_to_json(state.progress)})
+
+
+def _last_good(store: CheckpointStore, parallel: Parallel) -> str:
+    """Wait until rank 0's checkpoints are in the storage; says which is the newest."""
+    store.flush()
+    parallel.all_reduce(torch.zeros(1, device=parallel.device))
+    steps = store.steps()
+    return f"last good checkpoint: {store.storage.join(folder_of(steps[-1])).uri}" if steps else "no checkpoint yet"
+
+
+@contextlib.contextmanager
+def averaged(state: TrainState) -> Iterator[None]:
+    """The EMA's weights in the model for the block."""
+    raw = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    state.ema.copy_to(state.model)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in state.model.named_parameters():
+                p.copy_(raw[name])
+
+
+@torch.no_grad()
+def validation_loss(state: TrainState, objective: Objective, config: FitConfig, parallel: Parallel) -> float:
+    """Mean loss of the averaged weights over the validation images, with the same noise each time."""
+    total = torch.zeros(1, dtype=torch.float64, device=parallel.device)
+    mine = np.arange(parallel.rank, objective.num_validation, parallel.world_size)
+    with averaged(state):
+        objective.module.eval()
+        for start in range(0, len(mine), config.micro_batch):
+            batch = objective.validation_batch(mine[start : start + config.micro_batch]).to(parallel.device)
+            with autocast(config, parallel.device):
+                total += objective.module(batch).loss.double().sum()
+        objective.module.train()
+    return float(parallel.all_reduce(total)) / objective.num_validation
+
+
+def _validated(state: TrainState, objective: Objective, config: FitConfig, parallel: Parallel) -> float:
+    loss, progress = validation_loss(state, objective, config, parallel), state.progress
+    progress.validations.append((progress.step, loss))
+    # The best is a checkpoint to keep: only a step that gets one can be it.
+    kept = progress.step == config.num_steps or progress.step % config.checkpoint_every_steps == 0
+    if kept and (progress.best_validation is None or loss < progress.best_validation):
+        progress.best_validation, progress.best_step = loss, progress.step
+    return loss
+
+
+def _costs(state: TrainState) -> dict[str, float]:
+    progress = state.progress
+    costs = {"cost/cpu_seconds": progress.cpu_seconds, "cost/gpu_seconds": progress.gpu_seconds}
+    costs["system/memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if torch.cuda.is_available():
+        costs["system/gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return costs
+
+
+@dataclass
+class _Window:
+    """Means over the steps since the last log line."""
+
+    global_batch: int
+    reports: list[StepReport] = field(default_factory=list)
+
+    def add(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def summary(self) -> dict[str, float]:
+        """Metrics by name; a bucket of the noise level that no sample fell into is left out."""
+        n, last = len(self.reports), self.reports[-1]
+        seconds = sum(r.seconds for r in self.reports)
+        metrics: dict[str, float] = {
+            "train/loss": sum(r.loss for r in self.reports) / n,
+            "train/lr": last.lr,
+            "train/grad_norm": sum(r.grad_norm for r in self.reports) / n,
+            "train/images_seen": last.images_seen,
+            "train/images_per_second": n * self.global_batch / seconds,
+            "train/stalled_fraction": sum(r.stalled_seconds for r in self.reports) / seconds,
+        }
+        for name in last.parts:
+            metrics[f"train/{name}"] = sum(r.parts[name] for r in self.reports) / n
+        for i, name in enumerate(sigma_bucket_names()):
+            seen = [r.sigma_losses[i] for r in self.reports if not math.isnan(r.sigma_losses[i])]
+            if seen:
+                metrics[f"train/loss_by_sigma/{name}"] = sum(seen) / len(seen)
+        return metrics
+
+
+def sigma_bucket_names() -> list[str]:
+    """Names of the noise-level buckets, from low to high."""
+    edges = ["0", *(f"{e:g}" for e in SIGMA_EDGES), "inf"]
+    return [f"{i}_{a}_to_{b}" for i, (a, b) in enumerate(itertools.pairwise(edges))]
+
+
+def memory_of(tensors: dict[str, dict[str, Tensor]] | Any) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
