@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from raysyn.data.frames import frame_files, open_shard
-from raysyn.data.schema import LIGHT_COLUMNS, check_table
+from raysyn.data.frames import frame_files, read_light
 from raysyn.data.storage import Storage
 from raysyn.types import UserError
 
@@ -20,17 +19,15 @@ def check_frames(uri: str | Storage) -> dict[str, Any]:
     split_of: dict[str, str] = {}
     views: Counter[tuple[str, str]] = Counter()
     for storage, name in frame_files(uri):
-        with open_shard(storage, name) as file:
-            table = file.read(columns=list(LIGHT_COLUMNS))
-        check_table(table, f"{storage.uri}/{name}")
+        table = read_light(storage, name)
         for frame_id, patient, split, view in zip(
             *(table[key].to_pylist() for key in ("frame_id", "patient_id", "split", "view"))
         ):
             if frame_id in seen:
-                raise UserError(f"{storage.uri}/{name}: frame {frame_id} comes twice in the set")
+                raise UserError(f"{storage.locate(name)}: frame {frame_id} comes twice in the set")
             if split_of.setdefault(patient, split) != split:
                 raise UserError(
-                    f"{storage.uri}/{name}: {patient} is in {split} and in {split_of[patient]}; splits share no patient"
+                    f"{storage.locate(name)}: {patient} is in {split} and {split_of[patient]}; splits share no patient"
                 )
             seen.add(frame_id)
             views[split, view] += 1

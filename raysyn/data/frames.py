@@ -135,10 +135,7 @@ def frame_files(uri: str | Storage, split: str | None = None) -> list[tuple[Stor
     if split is not None and split not in SPLITS:
         raise UserError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     if storage.path.endswith(".parquet"):
-        parent = storage.path.rpartition("/")[0]
-        query = storage.uri.partition("?")[2] if not storage.is_local else ""
-        folder = Storage(parent) if storage.is_local else Storage(f"s3://{parent}" + (f"?{query}" if query else ""))
-        return [(folder, storage.name)]
+        return [(storage.parent, storage.name)]
     folders = ("", split) if split else ("", *SPLITS)
     names = [n for n in storage.list(suffix=".parquet") if n.rpartition("/")[0] in folders]
     if not names:
@@ -151,9 +148,9 @@ def frame_files(uri: str | Storage, split: str | None = None) -> list[tuple[Stor
 
 def open_shard(storage: Storage, name: str) -> pq.ParquetFile:
     """A Parquet file of frames, its schema checked. Raises UserError that names the file and what to do."""
-    where = f"{storage.uri}/{name}" if storage.is_local else f"s3://{storage.path}/{name}"
+    where = storage.locate(name)
     try:
-        file = pq.ParquetFile(storage.open_input(name), pre_buffer=not storage.is_local)
+        file = pq.ParquetFile(storage.open_input(name))
     except FileNotFoundError:
         raise UserError(f"{where}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -166,6 +163,14 @@ def open_shard(storage: Storage, name: str) -> pq.ParquetFile:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def read_light(storage: Storage, name: str) -> pa.Table:
+    """All columns of a shard but the pictures, in the schema's own types, checked. Raises UserError as `open_shard`."""
+    with open_shard(storage, name) as file:
+        table = file.read(columns=list(LIGHT_COLUMNS)).select(LIGHT_COLUMNS)
+    check_table(table, storage.locate(name))
+    return table.cast(pa.schema([SCHEMA.field(key) for key in LIGHT_COLUMNS]))
 
 
 def read_frames(uri: str | Storage, split: str | None = None, limit: int | None = None) -> Iterator[Frame]:
@@ -195,9 +200,7 @@ def _chosen_rows(uri: str | Storage, split: str | None, limit: int | None) -> li
     for storage, name in frame_files(uri, split):
         if left == 0:
             break
-        with open_shard(storage, name) as file:
-            light = file.read(columns=list(LIGHT_COLUMNS))
-        check_table(light, f"{storage.uri}/{name}")
+        light = read_light(storage, name)
         rows = np.arange(light.num_rows)
         if split is not None:
             rows = rows[np.asarray(pc.equal(light["split"], split).to_numpy(), dtype=bool)]
@@ -216,7 +219,7 @@ def read_arrays(uri: str | Storage, split: str | None = None, limit: int | None 
     Raises UserError naming the file when it is missing, foreign, of another schema version, or mixes image sizes.
     """
     shards = _chosen_rows(uri, split, limit)
-    light = pa.concat_tables([s.light for s in shards], promote_options="permissive")
+    light = pa.concat_tables([s.light for s in shards])
     images, label_maps = _decode_all(shards)
     spacing = [v if v is not None else (np.nan, np.nan) for v in light["spacing_mm"].to_pylist()]
     return FrameArrays(

@@ -97,7 +97,7 @@ def check_table(table: pa.Table, name: str) -> None:
         unknown = sorted(set(pc.unique(table[key]).to_pylist()) - set(ALLOWED[key]))
         if unknown:
             raise UserError(f"{name}: column {key} holds {unknown[0]!r}, which is not one of {', '.join(ALLOWED[key])}")
-    if "spacing_mm" in table.column_names:
+    if "spacing_mm" in table.column_names and not pa.types.is_null(table["spacing_mm"].type):
         lengths = set(pc.unique(pc.list_value_length(table["spacing_mm"])).to_pylist()) - {None, 2}
         if lengths:
             raise UserError(f"{name}: column spacing_mm must hold (row, column), got {sorted(lengths)[0]} values")

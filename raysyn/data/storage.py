@@ -18,21 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
+from raysyn.data.object_store import explain_fault, open_s3, retried
 from raysyn.types import UserError
 
 Names = list[str]  # inside the class `list` is the method
 TEMPORARY = ".tmp-"  # starts the name of a file that is still being written
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_S3_FAULTS = {  # what pyarrow's message says -> what the user reads
-    "NO_SUCH_BUCKET": "there is no such bucket; create it or correct storage=",
-    "ACCESS_DENIED": "access denied; check the credentials and what they may do",
-    "INVALID_ACCESS_KEY_ID": "the access key is unknown there; check the credentials",
-    "SIGNATURE_DOES_NOT_MATCH": "the secret key is wrong; check the credentials",
-    "STORAGEFULL": "no space left there; free some or choose another storage=",
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,13 @@ class Storage:
     @property
     def fs(self) -> Any:
         """The `pyarrow.fs.FileSystem`, opened once a process; object stores retry 5xx and lost connections."""
-        return _local_filesystem() if self.is_local else _s3_filesystem(self.uri.partition("?")[2], *_s3_environment())
+        return _local_filesystem() if self.is_local else open_s3(self.uri.partition("?")[2])
+
+    @property
+    def parent(self) -> Storage:
+        """The storage above this one; the query of a URI stays."""
+        base, question, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
+        return Storage(base.rpartition("/")[0] + question + query)
 
     def join(self, *parts: str) -> Storage:
         """The storage below this one; the query of a URI stays at its end."""
@@ -93,20 +94,21 @@ class Storage:
     def _at(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}" if name else self.path
 
-    def _shown(self, name: str) -> str:
+    def locate(self, name: str) -> str:
+        """Path or URI of a file here, as messages show it."""
         return self._at(name) if self.is_local else f"s3://{self._at(name)}"
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder is there; a file under a temporary name never counts."""
-        with _clear_errors("reading", self._shown(name)):
+        with _clear_errors("reading", self.locate(name)):
             return bool(self.fs.get_file_info(self._at(name)).type != pafs.FileType.NotFound)
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
-        with _clear_errors("reading", self._shown(name)):
+        with _clear_errors("reading", self.locate(name)):
             info = self.fs.get_file_info(self._at(name))
         if info.type != pafs.FileType.File:
-            raise FileNotFoundError(errno.ENOENT, "no such file", self._shown(name))
+            raise FileNotFoundError(errno.ENOENT, "no such file", self.locate(name))
         return int(info.size)
 
     def list(self, prefix: str = "", suffix: str = "") -> Names:
@@ -118,27 +120,37 @@ class Storage:
 
     def _list(self, prefix: str) -> Names:
         selector = pafs.FileSelector(self._at(prefix.strip("/")), recursive=True, allow_not_found=True)
-        with _clear_errors("reading", self._shown(prefix)):
+        with _clear_errors("reading", self.locate(prefix)):
             found = self.fs.get_file_info(selector)
         start = len(self.path.rstrip("/")) + 1
         return sorted(info.path[start:] for info in found if info.type == pafs.FileType.File)
 
     def open_input(self, name: str) -> Any:
-        """A `pyarrow.NativeFile` with random access, for Parquet. Raises FileNotFoundError, UserError (permission)."""
-        with _clear_errors("reading", self._shown(name)):
+        """A `pyarrow.NativeFile` with random access, for Parquet. Raises FileNotFoundError, UserError (permission).
+
+        An object is fetched whole, in one request that can be retried; shards are small.
+        """
+        if not self.is_local:
+            return pa.BufferReader(self.read_bytes(name))
+        with _clear_errors("reading", self.locate(name)):
             return self.fs.open_input_file(self._at(name))
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError, UserError (permission, no such bucket)."""
-        with _clear_errors("reading", self._shown(name)), self.fs.open_input_file(self._at(name)) as file:
-            return bytes(file.read())
+
+        def read() -> bytes:
+            with self.fs.open_input_file(self._at(name)) as file:
+                return bytes(file.read())
+
+        with _clear_errors("reading", self.locate(name)):
+            return read() if self.is_local else retried(read)
 
     def write_atomic(self, name: str, data: bytes) -> None:
         """Write a file so that readers see all of it or none, and the same name may be written again.
 
         Raises UserError when there is no space left or no permission; nothing of the file is left then.
         """
-        with _clear_errors("writing", self._shown(name)):
+        with _clear_errors("writing", self.locate(name)):
             if self.is_local:
                 _write_local(Path(self._at(name)), data)
                 return
@@ -152,7 +164,7 @@ class Storage:
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise UserError(f"{self._shown(name)}: not readable as JSON ({error}); remove it and run again") from None
+            raise UserError(f"{self.locate(name)}: not readable as JSON ({error}); remove it and run again") from None
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file, indented, keys in the order given, written atomically."""
@@ -160,12 +172,12 @@ class Storage:
 
     def remove(self, name: str) -> None:
         """Remove one file; one that is not there is fine."""
-        with _clear_errors("removing", self._shown(name)), contextlib.suppress(FileNotFoundError):
+        with _clear_errors("removing", self.locate(name)), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self._at(name))
 
     def remove_tree(self, name: str = "") -> None:
         """Remove the folder `name` (this storage itself by default) with all it holds; absent is fine."""
-        with _clear_errors("removing", self._shown(name)), contextlib.suppress(FileNotFoundError):
+        with _clear_errors("removing", self.locate(name)), contextlib.suppress(FileNotFoundError):
             if self.fs.get_file_info(self._at(name)).type == pafs.FileType.Directory:
                 self.fs.delete_dir(self._at(name))
 
@@ -227,35 +239,6 @@ def _local_filesystem() -> Any:
     return pafs.LocalFileSystem()
 
 
-def _s3_environment() -> tuple[str, str]:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return endpoint, os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-
-
-@functools.lru_cache(maxsize=16)
-def _s3_filesystem(query: str, endpoint: str, region: str) -> Any:
-    given = {key: values[-1] for key, values in urllib.parse.parse_qs(query).items()}
-    unknown = sorted(set(given) - {"endpoint_override", "scheme", "region"})
-    if unknown:
-        raise UserError(f"storage: {unknown[0]}: not known in an s3:// URI; endpoint_override, scheme and region are")
-    endpoint = given.get("endpoint_override", endpoint)
-    scheme, separator, host = endpoint.rpartition("://")
-    options: dict[str, Any] = {"scheme": given.get("scheme") or (scheme if separator else "https")}
-    if endpoint:
-        options["endpoint_override"] = host.rstrip("/")
-    region = given.get("region", region) or ("us-east-1" if endpoint else "")
-    if region:
-        options["region"] = region
-    return pafs.S3FileSystem(
-        **options,
-        connect_timeout=10,
-        request_timeout=120,
-        allow_delayed_open=True,  # what fits into one part is one put
-        background_writes=False,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=8),
-    )
-
-
 @contextlib.contextmanager
 def _clear_errors(doing: str, where: str) -> Iterator[None]:
     """Turn faults that the user can mend into UserError: no space, no permission, a file where a folder should be."""
@@ -277,5 +260,5 @@ def _explain(error: OSError) -> str | None:
     if error.errno == errno.ENOTDIR or isinstance(error, NotADirectoryError | FileExistsError):
         return "a file stands where a folder should be; remove it or choose another storage="
     if error.errno is None and "AWS Error" in text:
-        return next((said for key, said in _S3_FAULTS.items() if key in text.upper().replace(" ", "_")), None)
+        return explain_fault(text)
     return None
