@@ -1,0 +1,223 @@
+"""What each Ray Train worker runs: fit on its device and, on rank 0, tell the outside world and save the model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raysyn.cluster.board import reporter
+from raysyn.cluster.fit_build import Built, WorkerJob, build
+from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
+from raysyn.config import to_dict
+from raysyn.data.storage import Storage
+from raysyn.diffusion.ema import EMA
+from raysyn.labels import semantic_index
+from raysyn.pipeline import save_model, weights_sha256
+from raysyn.tracking import Tracker
+from raysyn.training import Diverged, Parallel, StepReport, build_optimizer
+from raysyn.training_batches import FrameSource
+from raysyn.training_objectives import latent_statistics
+from raysyn.training_run import Hooks, run
+from raysyn.training_state import CheckpointStore, TrainState
+from raysyn.types import UserError
+
+log = logging.getLogger("raysyn.fit")
+
+STOP = "stop"  # while this file lies in the stage's folder, workers write a checkpoint and end
+
+
+def fit_worker(job: WorkerJob) -> dict[str, Any]:
+    """One rank of a fit. Returns {"status": done | stopped | diverged | bad_input, …}; rank 0's is what counts.
+
+    Bad input and divergence are returned, not raised: Ray would start the worker again to meet the same.
+    """
+    import ray.train
+
+    torch.set_num_threads(job.config.workers.threads_per_worker)
+    parallel = _parallel(ray.train.get_context())
+    try:
+        return _fit(job, parallel)
+    except UserError as error:
+        if parallel.world_size > 1:
+            raise  # other ranks may be waiting for this one
+        return {"status": "bad_input", "message": str(error)}
+    except Diverged as error:
+        return {"status": "diverged", "message": str(error)}
+
+
+def _parallel(context: Any) -> Parallel:
+    """The adapter from Ray Train's worker group to the loop's `Parallel`."""
+    rank, size = context.get_world_rank(), context.get_world_size()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        from ray.train.torch import get_device
+
+        device = get_device()
+        torch.cuda.set_device(device)
+    if size == 1:
+        return Parallel(device=device)
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    def wrap(module: nn.Module) -> nn.Module:
+        ids = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def all_reduce(value: Tensor) -> Tensor:
+        dist.all_reduce(value)
+        return value
+
+    return Parallel(rank, size, device, wrap, all_reduce)
+
+
+def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
+    storage, config = Storage.at(job.stage), job.fit
+    built = build(job, parallel)
+    model = built.objective.model
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        model.compile()
+    # An autoencoder is used as trained; averaging is for diffusion models.
+    half_life = 0.0 if job.what == "autoencoder" else config.ema_half_life_images
+    state = TrainState(model, build_optimizer(model, config), EMA(model, half_life))
+    store = CheckpointStore(storage.join("checkpoints"), job.key, config.keep_checkpoints)
+    outside = _Outside(job, built, parallel, storage)
+    try:
+        finished = run(state, built.objective, config, store, parallel, outside.hooks())
+        if not finished:
+            outside.close("KILLED")
+            return {"status": "stopped", "step": state.progress.step}
+        report = _save(job, state, built, storage, outside) if parallel.rank == 0 else {}
+        outside.close("FINISHED")
+        return {"status": "done", **report}
+    except BaseException:
+        outside.close("FAILED")
+        raise
+
+
+class _Outside:
+    """Progress display, MLflow and the stop file, seen from one rank; only rank 0 acts."""
+
+    def __init__(self, job: WorkerJob, built: Built, parallel: Parallel, storage: Storage) -> None:
+        self.job, self.built, self.parallel, self.storage = job, built, parallel, storage
+        self.tracker = Tracker.disabled()
+        self.report, self.recent = reporter(job.title), [0.0]
+        self._stop, self._closed = threading.Event(), threading.Event()
+        if parallel.rank == 0:
+            self.tracker = Tracker.start(
+                job.config.tracking,
+                job.config.storage,
+                job.title,
+                params={"model": to_dict(job.config.model), "data": to_dict(job.config.data)},
+                tags={"stage": f"fit_{job.what}", "fingerprint": job.key},
+                key=job.key,
+            )
+            threading.Thread(target=self._watch_stop, name="stop", daemon=True).start()
+
+    def hooks(self) -> Hooks:
+        """What `run` calls."""
+        if self.parallel.rank != 0:
+            return Hooks()
+        return Hooks(self.tracker.log_metrics, self._sample, self._step, self._stop.is_set)
+
+    def close(self, status: str) -> None:
+        """End the MLflow run; waits a little for what is queued."""
+        self._closed.set()
+        self.tracker.finish(status, timeout_s=20)
+
+    def _watch_stop(self) -> None:
+        pause = 1.0 if self.storage.is_local else 5.0
+        while not self._closed.wait(pause):
+            if self.storage.exists(STOP):
+                self._stop.set()
+                return
+
+    def _step(self, report: StepReport) -> None:
+        self.recent = [*self.recent[-20:], time.monotonic()]
+        rate = (len(self.recent) - 1) / max(self.recent[-1] - self.recent[0], 1e-9) if self.recent[0] else 0.0
+        total = self.job.fit.num_steps
+        self.report({"done": report.step, "total": total, "unit": "steps", "per_second": rate})
+
+    def _sample(self, step: int) -> None:
+        frames, device = self.built.validation or self.built.train, self.parallel.device
+        if self.job.what == "autoencoder":
+            picture = reconstruction_grid(self.built.codec, frames, device)
+        else:
+            picture = sample_grid(self.built.denoiser, self.built.codec, self.job.config.model, frames, device)
+        self.storage.write_atomic(f"samples/step-{step:09d}.png", png(picture))
+        self.tracker.log_image("samples", picture, step)
+
+
+def _save(job: WorkerJob, state: TrainState, built: Built, storage: Storage, outside: _Outside) -> dict[str, Any]:
+    """Write the model folder and the loss curves; returns the stage's manifest entries."""
+    progress = state.progress
+    facts = {
+        "images_seen": progress.images_seen,
+        "num_steps": progress.step,
+        "loss": statistics.fmean(progress.losses[-50:]),
+        "validation_loss": progress.validations[-1][1] if progress.validations else None,
+        "best_validation_loss": progress.best_validation,
+        "rollbacks": len(progress.rollbacks),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "num_train_frames": len(built.train),
+        "train_cpu_seconds": round(progress.cpu_seconds, 3),
+        "train_gpu_seconds": round(progress.gpu_seconds, 3),
+        "train_wall_seconds": round(progress.wall_seconds, 3),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        facts["checkpoint_sha256"] = _write_model(folder, job, state, built, facts)
+        storage.upload_tree(folder, "model")
+        if job.what == "diffusion":
+            _log_model(job, outside, folder, built)
+    curves = {"loss": progress.losses, "validation": progress.validations, "rollbacks": progress.rollbacks}
+    storage.write_json("history.json", curves)
+    return {
+        "model_dir": storage.join("model").uri,
+        **facts,
+        "mlflow_run_id": outside.tracker.run_id,
+        "losses": progress.losses[:: max(1, len(progress.losses) // 200)],
+    }
+
+
+def _write_model(folder: Path, job: WorkerJob, state: TrainState, built: Built, facts: dict[str, Any]) -> str:
+    config, device = job.fit, next(state.model.parameters()).device
+    if job.what == "autoencoder":
+        vae: Any = state.model
+        vae.eval()
+        source = FrameSource.of(built.train, config.seed)
+        vae.set_statistics(*latent_statistics(vae, source, device, config.micro_batch))
+        vae.save_pretrained(folder)
+        return weights_sha256(folder)
+    averaged: Any = copy.deepcopy(state.model)
+    state.ema.copy_to(averaged)
+    size = built.train.image_u8.shape[1]
+    data = {"data": job.config.data.name, **facts}
+    model: Any = state.model
+    return save_model(folder, averaged, model, built.codec, job.config.model, size, data)
+
+
+def _log_model(job: WorkerJob, outside: _Outside, folder: Path, built: Built) -> None:
+    """The model itself as an MLflow model. A server that is away costs a warning, not the fit."""
+    run_id = outside.tracker.wait_run_id(timeout_s=5.0) if job.config.tracking.enabled else None
+    if run_id is None:
+        return
+    from raysyn.tracking.model import log_model
+
+    frames = built.validation or built.train
+    example = semantic_index(frames.label_map[:1], frames.view[:1].astype(np.uint8))
+    try:
+        log_model(outside.tracker.uri, run_id, folder, example=example)
+    except Exception as error:  # whatever MLflow raises: the model is safe in the storage already
+        log.warning("MLflow did not take the model of %s: %s", job.title, str(error).splitlines()[0])
