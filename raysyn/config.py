@@ -286,6 +286,7 @@ class TaskConfig:
     batch_size: int = 128
     lr: float = 1e-4
     weight_decay: float = 0.01
+    lr_decay: str = "none"
     loss: str = "cross_entropy"
     augment_strength: float = 1.0
     amp: str = "none"
@@ -299,7 +300,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         _one_of(self, kind=("segmentation", "classification"), loss=("cross_entropy", "dice_cross_entropy"))
         _one_of(self, mixing=("together", "synthetic_then_real"), validate_on=("synthetic", "real"))
-        _one_of(self, amp=("none", "bf16"))
+        _one_of(self, amp=("none", "bf16"), lr_decay=("none", "cosine"))
         _within(self, batch_size=(1, 65536), lr=(0, 10), real_fraction=(0, 1), augment_strength=(0, 10))
         _within(self, num_epochs=(1, INF), num_steps=(0, INF), width=(1, 4096))
 
