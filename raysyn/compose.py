@@ -25,6 +25,7 @@ JOBS = {
     "tune": TuneJob,
     "compare": CompareJob,
 }
+PRESET = "preset_name"  # where model=<name> waits beside model.<key>=<value>
 GROUPS = ("data", "scale")  # chosen by name and composed by Hydra
 MODEL_NAMES = ("sdm", "vp", "ve", "edm", "edm_l128", "edm_l64")
 
@@ -104,6 +105,8 @@ def _split_overrides(overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
         if key in GROUPS:
             _known_preset(key, value)
             groups.append(text)
+        elif key in ("model", "task") and any(o.startswith(f"{key}.") for o in overrides):
+            values.append(f"{key}.{PRESET}={value}")  # the name and keys below it would replace each other
         else:
             values.append(f"{key}={value}")
     try:
@@ -130,9 +133,10 @@ def _known_preset(group: str, name: str) -> Path:
 
 def _named(group: str, name: Any, late: DictConfig, presets: Any) -> dict[str, Any]:
     value = late.get(group)
-    if value is not None and not OmegaConf.is_dict(value):
-        name = value
-        late.pop(group)
+    if OmegaConf.is_dict(value):
+        name = value.pop(PRESET, name)
+    elif value is not None:
+        name = late.pop(group)
     return _preset(group, str(name), presets)
 
 
