@@ -259,6 +259,7 @@ class SynthesizeConfig:
     modulation_cache_bytes: int = 1 << 30
     min_faithfulness: float = 0.0
     max_attempts: int = 3
+    segmenter_dir: str = ""
     plan_only: bool = False
     warp: WarpConfig = field(default_factory=WarpConfig)
 

@@ -64,7 +64,7 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
         maps, view = check_maps(label_maps, views, self.model.image_size)
         seeds = range(len(maps)) if seeds is None else seeds
         changes = {"num_steps": num_inference_steps, "solver": solver, "guidance_scale": guidance_scale}
-        wanted = {key: value for key, value in changes.items() if value is not None}
+        wanted: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
         sampler = dataclasses.replace(self.model.config.sampler, **wanted)
         images = synthesize_images(self.model, maps, view, list(seeds), sampler)
         if output_type == "pil":

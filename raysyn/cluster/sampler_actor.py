@@ -1,0 +1,266 @@
+"""The worker of a synthesis: loads the model once, then draws whole shards and writes each whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from raysyn.cluster.board import reporter
+from raysyn.config import SynthesizeConfig
+from raysyn.data.frames import frames_to_table, read_arrays, table_to_bytes
+from raysyn.data.masks import warp_label_map
+from raysyn.data.requests import Request, RequestPlan, Shard, synthetic_frame_id
+from raysyn.data.storage import Storage
+from raysyn.types import PHASES, VIEWS, Frame, FrameArrays, Provenance
+
+
+class Sampler(Protocol):
+    """Draws images uint8 [B, H, W] for label maps uint8 [B, H, W], views uint8 [B] and a seed each."""
+
+    def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class SynthesisSpec:
+    """All that a worker needs. `sampler` is a factory "module:function" called with this spec, on the worker.
+
+    `settings` (checkpoint, sampler, amp, warp) enters every frame_id and each shard's metadata; `model` and
+    `num_function_evals` fill the provenance columns.
+    """
+
+    plan: RequestPlan
+    config: SynthesizeConfig
+    settings: dict[str, Any]
+    metadata: dict[str, str]
+    frames: str
+    output: str
+    model_dir: str
+    model: str
+    solver: str
+    num_steps: int
+    num_function_evals: int
+    threads: int
+    key: str
+    sampler: str = "raysyn.cluster.sampler_actor:model_sampler"
+
+
+def model_sampler(spec: SynthesisSpec) -> Sampler:
+    """The fitted model of `spec.model_dir` on this worker's device; halves a batch that does not fit the GPU."""
+    import torch
+
+    from raysyn.cluster.model_store import open_model
+    from raysyn.config import SamplerConfig
+    from raysyn.pipeline import synthesize_images
+
+    torch.set_num_threads(spec.threads)
+    model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
+    sampler = SamplerConfig(**spec.settings["sampler"])
+    budget, amp = spec.config.modulation_cache_bytes, spec.config.amp
+
+    def draw(label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
+        try:
+            return synthesize_images(model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
+        except torch.OutOfMemoryError:
+            if len(seeds) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(seeds) // 2
+        parts = [slice(0, half), slice(half, None)]
+        return np.concatenate([draw(label_map[p], view[p], seeds[p]) for p in parts])
+
+    return draw
+
+
+def _load(path: str) -> Any:
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+class ShardWriter:
+    """Ray Data calls it with rows {split, number, start, stop}: one shard each. Kept on one actor with its model."""
+
+    def __init__(self, spec: SynthesisSpec) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))
+        self.spec, self.storage = spec, Storage.at(spec.output)
+        self.masks = {split: mask_frames(spec.frames, split) for split in spec.plan.masks}
+        self.sampler: Sampler = _load(spec.sampler)(spec)
+        self.faithfulness = _faithfulness(spec)
+        self.report, self.started, self.images = reporter(f"{spec.key} worker {os.getpid()}"), time.perf_counter(), 0
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        records = []
+        for split, number, start, stop in zip(rows["split"], rows["number"], rows["start"], rows["stop"]):
+            shard = Shard(str(split), int(number), int(start), int(stop))
+            # A retried block may hold shards that were finished before the worker died: they are whole, so they stay.
+            records.append(read_record(self.storage, shard) or self.write(shard))
+        return {"name": [r["name"] for r in records], "rows": [r["rows"] for r in records]}
+
+    def write(self, shard: Shard) -> dict[str, Any]:
+        """Draw the images of a shard and write it; returns its record."""
+        clock = time.perf_counter(), time.process_time()
+        attempts, below, tables = 0, 0, []
+        with ThreadPoolExecutor(1) as pool:  # PNG encoding runs beside the next batch's sampling
+            for batch in self.spec.plan.batches(shard):
+                frames, tried, failed = self.draw(shard.split, batch)
+                attempts, below = attempts + tried, below + failed
+                tables.append(pool.submit(frames_to_table, frames, self.spec.metadata))
+                self._progress(len(batch))
+            data = table_to_bytes(pa.concat_tables([t.result() for t in tables]))
+        record = {
+            "name": shard.name,
+            "rows": shard.stop - shard.start,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "seconds": round(time.perf_counter() - clock[0], 4),
+            "cpu_seconds": round(time.process_time() - clock[1], 4),
+            "gpu_seconds": round(time.perf_counter() - clock[0], 4) if _on_gpu() else 0.0,
+            "attempts": attempts,
+            "below_min_faithfulness": below,
+        }
+        # The record first: a shard that is there is whole and has its record, so nothing whole is ever made again.
+        self.storage.write_json(shard.record, record)
+        self.storage.write_atomic(shard.name, data)
+        return record
+
+    def draw(self, split: str, batch: list[Request]) -> tuple[list[Frame], int, int]:
+        """(frames, images drawn, frames kept below the threshold) of one batch; rejected ones get new seeds."""
+        config, masks = self.spec.config, self.masks[split]
+        index = np.array([r.mask_index for r in batch])
+        maps = np.stack([warp_label_map(masks.label_map[r.mask_index], config.warp, r.warp_seed) for r in batch])
+        seeds = [r.noise_seed for r in batch]
+        images = np.array(self.sampler(maps, masks.view[index], seeds))
+        scores = self.faithfulness(images, maps) if self.faithfulness else None
+        drawn, todo = len(batch), np.array([], dtype=int)
+        if scores is not None:
+            for attempt in range(1, config.max_attempts):
+                todo = np.flatnonzero(scores < config.min_faithfulness)
+                if not len(todo):
+                    break
+                again = [batch[i].retry(attempt) for i in todo]
+                fresh = self.sampler(maps[todo], masks.view[index[todo]], again)
+                fresh_scores = self.faithfulness(fresh, maps[todo])
+                drawn += len(todo)
+                for i, image, score, seed in zip(todo, fresh, fresh_scores, again):
+                    if score > scores[i]:
+                        images[i], scores[i], seeds[i] = image, score, seed
+            todo = np.flatnonzero(scores < config.min_faithfulness)
+        frames = [
+            self._frame(split, r, maps[i], images[i], seeds[i], None if scores is None else float(scores[i]))
+            for i, r in enumerate(batch)
+        ]
+        return frames, drawn, len(todo)
+
+    def _frame(
+        self, split: str, request: Request, label_map: np.ndarray, image: np.ndarray, seed: int, score: float | None
+    ) -> Frame:
+        spec, masks, i = self.spec, self.masks[split], request.mask_index
+        spacing = masks.spacing_mm[i]
+        return Frame(
+            frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed),
+            image=image,
+            label_map=label_map,
+            view=VIEWS[masks.view[i]],
+            phase=PHASES[masks.phase[i]],
+            patient_id=masks.patient_id[i],
+            split=split,
+            source="synthetic",
+            spacing_mm=(float(spacing[0]), float(spacing[1])) if np.isfinite(spacing).all() else None,
+            provenance=Provenance(
+                model=spec.model,
+                checkpoint_sha256=spec.settings["checkpoint_sha256"],
+                mask_frame_id=request.mask_frame_id,
+                warp_seed=request.warp_seed,
+                noise_seed=seed,
+                solver=spec.solver,
+                num_steps=spec.num_steps,
+                num_function_evals=spec.num_function_evals,
+                faithfulness=score,
+            ),
+        )
+
+    def _progress(self, images: int) -> None:
+        self.images += images
+        status = {
+            "done": self.images,
+            "unit": "images",
+            "per_second": self.images / (time.perf_counter() - self.started),
+        }
+        self.report({**status, "note": gpu_memory()})
+
+
+def mask_frames(uri: str, split: str) -> FrameArrays:
+    """The masks of a split with what a synthetic frame inherits; images are dropped to save memory."""
+    frames = read_arrays(uri, split)
+    frames.image_u8 = np.empty((len(frames), 0, 0), np.uint8)
+    return frames
+
+
+def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
+    """The record of a whole shard; None when the shard is to be made."""
+    if not storage.exists(shard.name):
+        return None
+    try:
+        record: dict[str, Any] = storage.read_json(shard.record)
+    except FileNotFoundError:
+        return None
+    return record if record["bytes"] == storage.size(shard.name) else None
+
+
+def whole_shards(storage: Storage, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
+    """Records of the shards that are whole, by name, from two listings and a read each."""
+    present = set(storage.list(suffix=".parquet"))
+    found = {}
+    for shard in shards:
+        if shard.name in present:
+            record = read_record(storage, shard)
+            if record is not None:
+                found[shard.name] = record
+    return found
+
+
+def _faithfulness(spec: SynthesisSpec) -> Any:
+    """A function (images, maps) -> Dice of a real-trained segmenter's reading with the requested map [B], or None."""
+    if not spec.config.segmenter_dir:
+        return None
+    from raysyn.metrics.faithfulness import mean_region_dice
+    from raysyn.tasks.fitting import load_task
+    from raysyn.tasks.segmentation import predict_label_maps
+
+    segmenter = load_task(spec.config.segmenter_dir)
+    return lambda images, maps: mean_region_dice(predict_label_maps(segmenter, images), maps)
+
+
+def _on_gpu() -> bool:
+    import sys
+
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available())
+
+
+def gpu_memory() -> str:
+    """GPU memory in use by this process, in words; empty without a GPU."""
+    if not _on_gpu():
+        return ""
+    import torch
+
+    return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB GPU"
+
+
+def settings_of(checkpoint_sha256: str, sampler: Any, config: SynthesizeConfig) -> dict[str, Any]:
+    """What determines an image beside its mask and seeds."""
+    return {
+        "checkpoint_sha256": checkpoint_sha256,
+        "sampler": dataclasses.asdict(sampler),
+        "amp": config.amp,
+        "warp": dataclasses.asdict(config.warp),
+    }

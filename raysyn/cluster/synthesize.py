@@ -1,0 +1,251 @@
+"""The synthesize stage: masks → frames, exactly once, the same bytes whatever the number of actors, order or deaths.
+
+What is Ray Data's: placing the actors that hold the model, feeding them, replacing those that die, retrying what they
+had in hand. What is ours: the unit of work is one shard, a row of the data set, drawn and written whole by its actor
+under a name that the plan gives it. Ray Data's own writing names files by run and writes them in place, so neither their
+bytes nor their wholeness could be relied on; its job-level checkpointing loads every id into memory to resume and has
+lost rows in overwrite mode. A run here lists what is whole and asks for the rest.
+
+Seconds are in the shard's record and the manifest, not in the rows: a clock in the data would make two runs differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import time
+from importlib.metadata import version
+from typing import Any
+
+from raysyn.cluster.board import reporter, watch
+from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of, whole_shards
+from raysyn.cluster.session import ray_session
+from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.config import FitJob, PrepareJob, SynthesizeJob, fingerprint
+from raysyn.data.frames import frame_files, read_arrays, read_light
+from raysyn.data.requests import RequestPlan
+from raysyn.data.schema import SCHEMA_VERSION
+from raysyn.data.storage import Storage
+from raysyn.types import Outcome, UserError
+
+PLAN = "plan.json"
+PACKAGES = ("torch", "diffusers", "numpy", "pyarrow", "pillow")
+
+
+def synthesize(config: SynthesizeJob) -> Outcome:
+    """Draw the data set of `config`, or what of it is missing. Raises UserError for bad input."""
+    from raysyn.cluster.inputs import frames_uri, prepare
+
+    config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
+    model_dir = find_model(config)
+    with ray_session(config.ray):
+        prepared = prepare(_as(PrepareJob, config))
+        spec = make_spec(config, model_dir, frames_uri(prepared), prepared.fingerprint)
+        if config.plan_only or config.synthesize.plan_only:
+            from raysyn.cluster.synthesis_plan import print_plan
+
+            return print_plan(config, spec)
+        stage = open_stage(
+            config.storage, "synthesize", spec.metadata["raysyn_fingerprint"], overwrite=config.overwrite
+        )
+        if (done := stage.outcome()) is not None:
+            return done
+        claim(stage, spec)
+        with watch(lambda: spec.key):
+            draw_missing(config, stage, spec)
+        return finish(config, stage, spec)
+
+
+def _as(cls: type, config: SynthesizeJob, **values: Any) -> Any:
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(PrepareJob)}
+    return cls(**{**shared, "plan_only": False, "overwrite": False, **values})
+
+
+def find_model(config: SynthesizeJob) -> str:
+    """The model folder: `model_dir`, else where the fit of `config.model` put it. Raises UserError when there is none."""
+    if config.model_dir:
+        return config.model_dir
+    from raysyn.cluster.fit import fit_fingerprint
+    from raysyn.cluster.inputs import prepare_fingerprint
+
+    job = _as(FitJob, config, model=config.model)
+    done = open_stage(config.storage, "fit", fit_fingerprint(job, prepare_fingerprint(config))).outcome()
+    if done is None:
+        raise UserError(
+            f"model: {config.model.name} is not fitted under {config.storage}; run python jobs/fit.py "
+            f"model={config.model.name} scale={config.scale} with the same data first, or give model_dir="
+        )
+    return str(done.manifest["model_dir"])
+
+
+def mask_ids(frames: str, splits: list[str]) -> dict[str, list[str]]:
+    """Frame ids of the masks of each split, in the set's order, without reading a picture."""
+    found: dict[str, list[str]] = {}
+    for split in splits:
+        found[split] = []
+        for storage, name in frame_files(frames, split):
+            found[split] += read_light(storage, name)["frame_id"].to_pylist()
+    return found
+
+
+def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerprint: str) -> SynthesisSpec:
+    """Everything that a worker needs, checked: the model is read once here, so a bad folder is refused before work."""
+    from raysyn.cluster.model_store import open_model
+    from raysyn.diffusion.generate import num_network_evals
+    from raysyn.diffusion.noise import sigma_grid
+    from raysyn.diffusion.solvers import num_function_evals
+
+    model, synthesis = open_model(model_dir), config.synthesize
+    if model.image_size != config.data.image_size:
+        raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
+    sampler = config.model.sampler
+    sigma_grid(sampler, model.denoiser.precondition)
+    settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
+    decisive = {
+        k: v for k, v in dataclasses.asdict(synthesis).items() if k not in ("modulation_cache_bytes", "plan_only")
+    }
+    key = fingerprint("synthesize", frames_fingerprint, settings, decisive)
+    metadata = {
+        "raysyn_fingerprint": key,
+        "raysyn_schema_version": SCHEMA_VERSION,
+        "raysyn_model": model.config.name,
+        "raysyn_checkpoint_sha256": model.checkpoint_sha256,
+        "raysyn_sampler": str(sorted(dataclasses.asdict(sampler).items())),
+        "raysyn_packages": ", ".join(f"{p} {version(p)}" for p in PACKAGES),
+    }
+    evaluations = num_network_evals(sampler, num_function_evals(sampler.solver, sampler.num_steps))
+    return SynthesisSpec(
+        plan=RequestPlan.of(synthesis, mask_ids(frames, synthesis.mask_splits)),
+        config=synthesis,
+        settings=settings,
+        metadata=metadata,
+        frames=frames,
+        output=Storage.at(config.storage).join("synthesize", key).uri,
+        model_dir=model_dir,
+        model=model.config.name,
+        solver=sampler.solver,
+        num_steps=sampler.num_steps,
+        num_function_evals=evaluations,
+        threads=config.workers.threads_per_worker,
+        key=f"synthesize {model.config.name} {sampler.solver} {sampler.num_steps}",
+    )
+
+
+def claim(stage: StageDir, spec: SynthesisSpec) -> None:
+    """Say whose folder this is before the first shard. Raises UserError when it holds another data set."""
+    mine = {"fingerprint": stage.fingerprint, "num_requests": spec.plan.num_requests(), "settings": spec.settings}
+    if stage.storage.exists(PLAN):
+        theirs = stage.storage.read_json(PLAN)
+        if theirs["fingerprint"] != mine["fingerprint"] or theirs["num_requests"] != mine["num_requests"]:
+            raise UserError(
+                f"{stage.path}: holds another data set ({theirs['fingerprint']}); overwrite=true replaces it"
+            )
+    elif stage.storage.list(suffix=".parquet"):
+        raise UserError(f"{stage.path}: holds Parquet files that are not this data set's; overwrite=true replaces them")
+    stage.storage.write_json(PLAN, mine)
+    stage.storage.clean_temporaries(older_than_s=0)
+
+
+def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> None:
+    """Draw every shard that is not whole. Ray Data replaces actors and retries; a lost cluster is the caller's rerun."""
+    shards = list(spec.plan.shards())
+    whole = whole_shards(stage.storage, shards)
+    rows = [dataclasses.asdict(s) for s in shards if s.name not in whole]
+    if not rows:
+        return
+    report, started = reporter(spec.key), time.perf_counter()
+    before = sum(r["rows"] for r in whole.values())
+    total, done = spec.plan.num_requests(), before
+    report({"done": done, "total": total, "unit": "images"})
+    for batch in _dataset(config, spec, rows).iter_batches(batch_size=None, prefetch_batches=0):
+        done += int(batch["rows"].sum())
+        rate = (done - before) / (time.perf_counter() - started)
+        report({"done": done, "total": total, "unit": "images", "per_second": rate})
+
+
+def _dataset(config: SynthesizeJob, spec: SynthesisSpec, rows: list[dict[str, Any]]) -> Any:
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    workers = config.workers
+    count = min(workers.num_workers, len(rows))
+    source = ray.data.from_items(rows, override_num_blocks=min(len(rows), max(count, 1000)))
+    return source.map_batches(
+        ShardWriter,
+        fn_constructor_args=(spec,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=count),
+        num_cpus=workers.cpus_per_worker,
+        num_gpus=workers.gpus_per_worker or None,
+    )
+
+
+def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outcome:
+    """Check that every shard is there, write the data card, then the manifest."""
+    shards = list(spec.plan.shards())
+    whole = whole_shards(stage.storage, shards)
+    missing = [s.name for s in shards if s.name not in whole]
+    if missing:
+        raise RuntimeError(f"{len(missing)} shards are missing after the run, the first is {missing[0]}")
+    records = [whole[s.name] for s in shards]
+    totals = {key: round(sum(r[key] for r in records), 4) for key in ("seconds", "cpu_seconds", "gpu_seconds")}
+    images = spec.plan.num_requests()
+    attempts = sum(r["attempts"] for r in records)
+    manifest = {
+        "frames": stage.path,
+        "model": spec.model,
+        "model_dir": spec.model_dir,
+        **spec.settings,
+        "num_frames": images,
+        "num_attempts": attempts,
+        "num_rejected": attempts - images,
+        "below_min_faithfulness": sum(r["below_min_faithfulness"] for r in records),
+        "num_function_evals": spec.num_function_evals,
+        **totals,
+        "seconds_per_image": totals["seconds"] / images,
+        "threads_per_worker": spec.threads,
+        "metadata": spec.metadata,
+        "shards": records,
+    }
+    write_card(stage, spec, manifest)
+    return stage.finish(manifest)
+
+
+def write_card(stage: StageDir, spec: SynthesisSpec, manifest: dict[str, Any]) -> None:
+    """README.md of the data set (the hub's form) with a sample grid beside it."""
+    from raysyn.report.grids import sample_grid
+
+    split = next(s for s in spec.plan.masks if spec.plan.num_requests(s))
+    picture = io.BytesIO()
+    sample_grid(read_arrays(stage.path, split, limit=8), count=8).save(picture, format="PNG")
+    stage.storage.write_atomic("samples.png", picture.getvalue())
+    files = "\n".join(
+        f"      - split: {s}\n        path: {s}/*.parquet" for s in spec.plan.masks if spec.plan.num_requests(s)
+    )
+    card = f"""---
+license: apache-2.0
+tags: [echocardiography, synthetic]
+configs:
+  - config_name: default
+    data_files:
+{files}
+---
+# {manifest["num_frames"]} synthetic echocardiogram frames by {spec.model}
+
+![frames with the label maps that they were drawn from](samples.png)
+
+Drawn with {spec.solver}, {spec.num_steps} steps ({spec.num_function_evals} network evaluations) from warped label maps
+of {", ".join(spec.plan.masks)} patients; a frame inherits patient and split of its mask. Checkpoint sha256
+`{spec.settings["checkpoint_sha256"]}`. Each row holds the image, the label map that it was drawn from (0 outside the
+sector, 1 LV cavity, 2 other tissue, 3 LV myocardium, 4 left atrium) and what determines it, seeds included.
+
+For training models, research only: the frames show no patient and are not for diagnosis.
+
+```python
+datasets.load_dataset("parquet", data_files={{"train": "train/*.parquet"}})
+```
+"""
+    stage.storage.write_atomic("README.md", card.encode())
