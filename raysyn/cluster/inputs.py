@@ -54,10 +54,10 @@ def prepare_fingerprint(config: JobConfig) -> str:
 def _fingerprint(data: DataConfig, digest: str) -> str:
     shape: dict[str, Any] = {"name": data.name, "image_size": data.image_size}
     if data.name == "phantom":
-        from raysyn.data import phantom
+        from raysyn.data.phantom import PHANTOM_VERSION
 
         keys = ("num_train_patients", "num_validation_patients", "num_test_patients", "seed")
-        shape |= {key: getattr(data, key) for key in keys} | {"phantom_version": getattr(phantom, "PHANTOM_VERSION", 1)}
+        shape |= {key: getattr(data, key) for key in keys} | {"phantom_version": PHANTOM_VERSION}
     else:
         shape |= {"on_bad_frame": data.on_bad_frame, "files": digest}
     return fingerprint("prepare", PREPARE_VERSION, SCHEMA_VERSION, PATIENTS_PER_SHARD, shape)

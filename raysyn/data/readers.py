@@ -118,7 +118,8 @@ class PhantomReader:
             "test": self.data.num_test_patients,
         }
         splits = (split for split, count in counts.items() for _ in range(count))
-        return Index([Patient(f"phantom{i:06d}", split, number=i) for i, split in enumerate(splits)], [], "")
+        prefix = f"phantom-s{self.data.seed}-p"
+        return Index([Patient(f"{prefix}{i:05d}", split, number=i) for i, split in enumerate(splits)], [], "")
 
     def read(self, patient: Patient) -> tuple[list[Frame], list[Skipped]]:
         """The four frames of one phantom patient."""
