@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from raysyn.data.phantom_anatomy import Heart, build_heart, draw_patient, draw_pose
-from raysyn.data.phantom_speckle import amplitude, complex_noise, compress, scan_convert, smooth_field, spread
+from raysyn.data.phantom_speckle import amplitude, complex_noise, compress, scan_convert, smooth_field, speckle
 from raysyn.data.phantom_tissue import Look, PolarGrid, clutter_levels, draw_look, shadow_db, tissue_levels
 from raysyn.labels import LEFT_ATRIUM, LV_CAVITY, MYOCARDIUM, OUTSIDE, TISSUE, view_index
 from raysyn.types import PHASES, VIEWS, Frame, UserError
 
 PHANTOM_VERSION = 1  # raise it when the pictures change: it enters the fingerprint of prepared frames
 NUM_SAMPLES, NUM_BEAMS = 320, 144
+NUM_LOOKS = 2  # pictures compounded after compression, as scanners do
 MIN_SIZE, MAX_SIZE = 16, 1024
 FIELD_WIDTH, FIELD_HEIGHT = 1.3, 1.03  # of the depth
 
@@ -41,13 +42,13 @@ class Scanner:
 def draw_scanner(rng: np.random.Generator, deepest_mm: float) -> Scanner:
     """Draw a set-up that shows everything down to `deepest_mm`."""
     return Scanner(
-        half_angle=np.deg2rad(rng.uniform(34, 42)),
+        half_angle=np.deg2rad(rng.uniform(34, 43)),
         near_mm=rng.uniform(3, 7),
         far_mm=deepest_mm + rng.uniform(7, 26),
         shift=(rng.uniform(-0.01, 0.01), rng.uniform(0.005, 0.02)),
-        grey_at_0db=rng.uniform(0.46, 0.56),
-        range_db=rng.uniform(52, 64),
-        noise_db=rng.uniform(-36, -29),
+        grey_at_0db=rng.uniform(0.6, 0.7),
+        range_db=rng.uniform(52, 62),
+        noise_db=rng.uniform(-40, -33),
         slope_db=rng.uniform(-3, 2),
         sliders_db=rng.uniform(-1.5, 1.5, 5),
     )
@@ -83,12 +84,15 @@ def _polar_picture(heart: Heart, scanner: Scanner, look: Look, key: tuple[int, .
     tissue = tissue_levels(heart, grid, look, still)
     clutter = clutter_levels(grid, look, still)
     strength = np.hypot(amplitude(tissue - shadow_db(grid, look)), amplitude(clutter))
-    image = spread(complex_noise(moving, tissue.shape) * strength)
     depth = np.linspace(0, 1, NUM_SAMPLES, dtype=np.float32)[:, None]
-    noise = complex_noise(moving, tissue.shape) * amplitude(scanner.noise_db + 7 * depth**2)
     sliders = np.interp(depth[:, 0], np.linspace(0, 1, len(scanner.sliders_db)), scanner.sliders_db)[:, None]
     gain = scanner.slope_db * (depth - 0.4) + sliders + 0.7 * smooth_field(still, tissue.shape, (2, 4))
-    return compress(np.abs(image + noise), gain, scanner.grey_at_0db, scanner.range_db)
+    noise = amplitude(scanner.noise_db + 7 * depth**2)
+    looks = []
+    for _ in range(NUM_LOOKS):
+        echo = speckle(moving, strength) + complex_noise(moving, tissue.shape) * noise
+        looks.append(compress(np.abs(echo), gain, scanner.grey_at_0db, scanner.range_db))
+    return sum(looks) / NUM_LOOKS
 
 
 def _pixel_centres(scanner: Scanner, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +113,7 @@ def _label_map(heart: Heart, scanner: Scanner, size: int) -> np.ndarray:
     x, z = x[sector], z[sector]
     inside = np.full(len(x), TISSUE, dtype=np.uint8)
     inside[heart.la.beyond(x, z) < 0] = LEFT_ATRIUM
-    cavity, wall, _ = heart.wall(x, z)
+    cavity, wall, _, _ = heart.wall(x, z)
     inside[wall] = MYOCARDIUM
     inside[cavity] = LV_CAVITY
     labels[sector] = inside

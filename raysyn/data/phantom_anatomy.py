@@ -67,14 +67,14 @@ class Heart:
     roof_mm: float  # depth of the far wall of the atria
     bright_points: list[tuple[float, float]] = field(default_factory=list)  # hinges of the valves, the crux
 
-    def wall(self, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(inside the cavity, in the wall, mm past the epicardium) at points x, z [...]."""
+    def wall(self, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(inside the cavity, in the wall, mm past the endocardium, mm past the epicardium) at points x, z [...]."""
         distance, index = self.lv_endo.polar(x, z)
         inner, outer = self.lv_endo.radius[index], self.lv_epi.radius[index]
         cavity = distance < inner
         # Below 0.3 mm the two edges are the same line: the mitral plane, where there is no wall.
         wall = (distance < outer) & ~cavity & (outer - inner > 0.3)
-        return cavity, wall, distance - outer
+        return cavity, wall, distance - inner, distance - outer
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Patient:
     thickening: float
     la_length: float
     la_half_width: float
+    atria: tuple[float, float]  # where along its length an atrium is widest, and how square its roof is
     rv_width: float
     rv_start: float
     ra_half_width: float
@@ -108,13 +109,14 @@ def draw_patient(rng: np.random.Generator) -> Patient:
         lv_widest=rng.uniform(0.52, 0.7),
         lv_annulus=rng.uniform(0.62, 0.78),
         wall=build * rng.uniform(8.0, 11.0),
-        shortening=rng.uniform(0.14, 0.2) * (1 - 0.5 * weak),
+        shortening=rng.uniform(0.12, 0.18) * (1 - 0.5 * weak),
         narrowing=rng.uniform(0.24, 0.34) * (1 - 0.6 * weak),
         thickening=rng.uniform(0.3, 0.5) * (1 - 0.5 * weak),
         la_length=build * rng.uniform(34, 44),
-        la_half_width=build * rng.uniform(17, 22),
-        rv_width=build * rng.uniform(29, 41),
-        rv_start=rng.uniform(0.14, 0.34),
+        la_half_width=build * rng.uniform(15.5, 21),
+        atria=(rng.uniform(0.38, 0.58), rng.uniform(2.0, 3.2)),
+        rv_width=build * rng.uniform(34, 46),
+        rv_start=rng.uniform(0.06, 0.26),
         ra_half_width=build * rng.uniform(16, 22),
         ra_length=build * rng.uniform(34, 46),
         wiggle=np.stack([rng.uniform(0.0, [0.03, 0.02, 0.015]), rng.uniform(0, 2 * np.pi, 3)], axis=1),
@@ -123,7 +125,7 @@ def draw_patient(rng: np.random.Generator) -> Patient:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the left ventricle lies in a view: its apex (x, z) in mm, its axis's tilt in radians, and the view's look."""
+    """How a view cuts the heart: the left ventricle's apex (x, z) in mm, its axis's tilt in radians, ratios, levels."""
 
     apex: tuple[float, float]
     tilt: float
@@ -138,6 +140,8 @@ class Pose:
     tent_mm: float
     open_mm: float
     rv_size: float
+    leaflets: tuple[float, float]  # levels of the mitral leaflets, dB over myocardium
+    band_db: float  # level of the right ventricle's moderator band
     papillary: np.ndarray  # [2, 3] position along the axis, size, presence
 
     def world(self, s: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -147,11 +151,11 @@ class Pose:
 
 
 def draw_pose(rng: np.random.Generator, view: str) -> Pose:
-    """How a patient is seen in a view. In 4CH the ventricle lies right of the middle, as the right heart is left of it."""
+    """How a patient is seen in a view; in 4CH the ventricle lies right of the middle, to leave room for the right heart."""
     four = view == "4CH"
     return Pose(
-        apex=(rng.uniform(-1, 9) if four else rng.uniform(-6, 6), rng.uniform(24, 31)),
-        tilt=rng.uniform(0.08, 0.2) if four else rng.uniform(-0.08, 0.14),
+        apex=(rng.uniform(0, 8) if four else rng.uniform(-6, 6), rng.uniform(24, 31)),
+        tilt=rng.uniform(0.07, 0.19) if four else rng.uniform(-0.08, 0.14),
         width=rng.uniform(0.96, 1.04) if four else rng.uniform(0.98, 1.08),
         left=rng.uniform(0.86, 0.98) if four else rng.uniform(0.94, 1.06),
         right=rng.uniform(1.0, 1.1) if four else rng.uniform(0.94, 1.08),
@@ -163,6 +167,8 @@ def draw_pose(rng: np.random.Generator, view: str) -> Pose:
         tent_mm=rng.uniform(3, 8),
         open_mm=max(0.0, rng.uniform(-12, 8)),
         rv_size=rng.uniform(0.9, 1.12),
+        leaflets=(rng.uniform(-8, 5), rng.uniform(-13, 4)),
+        band_db=rng.uniform(-24, -9),
         papillary=np.stack([rng.uniform(0.38, 0.55, 2), rng.uniform(0.8, 1.25, 2), rng.uniform(0, 1, 2)], axis=1),
     )
 
@@ -173,10 +179,11 @@ def _bullet(t: np.ndarray, widest: float, base: float) -> np.ndarray:
     return np.where(t < widest, near, 1 - (1 - base) * ((t - widest) / (1 - widest)) ** 2)
 
 
-def _atrium(t: np.ndarray, top: float) -> np.ndarray:
-    """Half-width of an atrium over its own, by t from the valve (0, width `top`) to the roof (1)."""
-    near = top + (1 - top) * np.sin(np.pi / 2 * np.minimum(t / 0.45, 1))
-    return near * np.maximum(1 - np.maximum((t - 0.45) / 0.55, 0) ** 2.4, 0) ** 0.5
+def _atrium(t: np.ndarray, top: float, form: tuple[float, float]) -> np.ndarray:
+    """Half-width of an atrium over its own, by t from the valve (0, width `top`) to the roof (1); form as `atria`."""
+    widest, square = form
+    near = top + (1 - top) * np.sin(np.pi / 2 * np.minimum(t / widest, 1))
+    return near * np.maximum(1 - np.maximum((t - widest) / (1 - widest), 0) ** square, 0) ** 0.5
 
 
 def _closed(left: np.ndarray, right: np.ndarray, num: int = 40) -> np.ndarray:
@@ -252,7 +259,7 @@ def _left_atrium(
     half = patient.la_half_width * pose.la_size * (1 + 0.08 * systole)
     neck = 0.48 * (valve[1] - valve[0])
     middle = 0.5 * (valve[0] + valve[1]) + pose.la_lean * t
-    edge = half * _atrium(t, neck / half)
+    edge = half * _atrium(t, neck / half, patient.atria)
     s = top + length * t
     left, right = np.stack([s, middle - edge], 1), np.stack([s, middle + edge], 1)
     centre = pose.world(np.array(top + 0.45 * length), np.array(middle[0] + 0.4 * pose.la_lean))
@@ -265,10 +272,11 @@ def _mitral(pose: Pose, length: float, valve: tuple[float, float], phase: str) -
     meet = valve[0] + (valve[1] - valve[0]) * 0.56
     tip_s = length - (pose.tent_mm * (1.0 if phase == "ED" else 0.7) + 0.9 * gap)
     strands = []
-    for hinge, tip in ((valve[0], meet - 0.7 * gap), (valve[1], meet + 0.7 * gap)):
+    ends = (valve[0], meet - 0.7 * gap, pose.leaflets[0]), (valve[1], meet + 0.7 * gap, pose.leaflets[1])
+    for hinge, tip, level in ends:
         s = np.array([length + 0.5, 0.35 * length + 0.65 * tip_s, tip_s])
-        u = np.array([hinge, 0.5 * hinge + 0.5 * tip, tip])
-        strands.append(Strand(pose.world(s, u), 0.9, 5.0))
+        u = np.array([hinge, 0.5 * (hinge + tip), tip])
+        strands.append(Strand(pose.world(s, u), 0.75, level))
     return strands
 
 
@@ -313,13 +321,13 @@ def _right_heart(
     beside = np.interp(top + ra_length * 0.45, la_left[:, 0], la_left[:, 1]) - SEPTUM_ATRIA_MM - 0.95 * half
     valve = 0.5 * (medial[-1] + lateral[-1])
     middle = valve + (beside - valve) * np.minimum(r / 0.45, 1)
-    edge = half * _atrium(r, min(0.48 * (medial[-1] - lateral[-1]) / half, 0.95))
+    edge = half * _atrium(r, min(0.48 * (medial[-1] - lateral[-1]) / half, 0.95), patient.atria)
     s_ra = top + ra_length * r
     outline = _closed(np.stack([s_ra, middle - edge], 1), np.stack([s_ra, middle + edge], 1))
     ra = Star.around(pose.world(*outline.T), pose.world(np.array(top + 0.45 * ra_length), np.array(beside)))
 
     meet = medial[-1] + 0.45 * (lateral[-1] - medial[-1])
-    tip = base - 0.8 * pose.tent_mm
+    tip = base - 0.6 * pose.tent_mm
     strands = [
         Strand(
             pose.world(np.array([base, 0.4 * base + 0.6 * tip, tip]), np.array([h, 0.5 * (h + meet), meet])), 0.8, 3.0
@@ -327,5 +335,5 @@ def _right_heart(
         for h in (float(medial[-1]), float(lateral[-1]))
     ]
     band = pose.world(s[[32, 24, 18]], np.array([medial[32], 0.5 * (medial[24] + lateral[24]), lateral[18]]))
-    strands.append(Strand(band, 1.4, -3.0))
+    strands.append(Strand(band, 0.8, pose.band_db))
     return rv, ra, strands, [(base, float(lateral[-1])), (0.5 * (base + length), float(medial[-1]) + 2.0)]

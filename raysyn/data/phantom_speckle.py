@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import gaussian_filter1d, map_coordinates
 
-AXIAL_SIGMA = 1.45  # samples
-LATERAL_SIGMA = (1.35, 2.9)  # beams, in the focus and far from it
+AXIAL_SIGMA = 1.6  # samples
+LATERAL_SIGMA = (1.5, 3.6)  # beams, in the focus and far from it
 SIDE_LOBE_SIGMA = 9.0  # beams
 SIDE_LOBE_LEVEL = 0.035
+MARGIN = 8  # samples
 FOCUS = 0.42  # of the depth
+DISPLAY_GAMMA = 1.4
 
 
 def spread(scatterers: np.ndarray) -> np.ndarray:
@@ -22,16 +24,16 @@ def spread(scatterers: np.ndarray) -> np.ndarray:
     millimetres it grows with depth; a weak wide pedestal stands for the side lobes.
     """
     narrow, wide = LATERAL_SIGMA
-    axial = gaussian_filter1d(scatterers, AXIAL_SIGMA, axis=0, mode="nearest", truncate=3.0)
-    sharp = gaussian_filter1d(axial, narrow, axis=1, mode="nearest", truncate=3.0) * _unit(narrow)
-    blurred = gaussian_filter1d(axial, wide, axis=1, mode="nearest", truncate=3.0) * _unit(wide)
+    axial = gaussian_filter1d(scatterers, AXIAL_SIGMA, axis=0, mode="wrap", truncate=3.0)
+    sharp = gaussian_filter1d(axial, narrow, axis=1, mode="wrap", truncate=3.0) * _unit(narrow)
+    blurred = gaussian_filter1d(axial, wide, axis=1, mode="wrap", truncate=3.0) * _unit(wide)
     depth = np.linspace(0, 1, len(scatterers))[:, None]
-    weight = np.clip(np.abs(depth - FOCUS) / 0.55, 0, 1) ** 1.5
+    weight = np.where(depth < FOCUS, 1 - depth / FOCUS, 0.7 * (depth - FOCUS) / (1 - FOCUS)) ** 1.5
     overlap = np.sqrt(2 * narrow * wide / (narrow**2 + wide**2))  # correlation of the two, both of unit power
     power = (1 - weight) ** 2 + weight**2 + 2 * weight * (1 - weight) * overlap
     image = ((1 - weight) * sharp + weight * blurred) / np.sqrt(power)
     image *= _unit(AXIAL_SIGMA)
-    coarse = gaussian_filter1d(axial[:, ::3], SIDE_LOBE_SIGMA / 3, axis=1, mode="nearest", truncate=2.5)
+    coarse = gaussian_filter1d(axial[:, ::3], SIDE_LOBE_SIGMA / 3, axis=1, mode="wrap", truncate=2.5)
     lobes = np.repeat(coarse, 3, axis=1)[:, : scatterers.shape[1]]
     return image + SIDE_LOBE_LEVEL * _unit(AXIAL_SIGMA) * _unit(SIDE_LOBE_SIGMA) * lobes
 
@@ -47,9 +49,13 @@ def complex_noise(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarra
     return (parts * np.float32(np.sqrt(0.5))).view(np.complex64)[..., 0]
 
 
-def speckle(rng: np.random.Generator, level_db: np.ndarray) -> np.ndarray:
-    """Envelope [samples, beams] of scatterers of strength `level_db` (dB, myocardium 0): Rayleigh where it is uniform."""
-    return np.abs(spread(complex_noise(rng, level_db.shape) * amplitude(level_db)))
+def speckle(rng: np.random.Generator, strength: np.ndarray) -> np.ndarray:
+    """Complex echo [samples, beams] of scatterers of amplitude `strength`: its envelope is Rayleigh where that is even.
+
+    The filters wrap around; a margin in depth keeps the transducer's clutter out of the far end.
+    """
+    padded = np.pad(strength, ((0, MARGIN), (0, 0)), mode="edge")
+    return spread(complex_noise(rng, padded.shape) * padded)[: len(strength)]
 
 
 def amplitude(level_db: np.ndarray) -> np.ndarray:
@@ -58,9 +64,12 @@ def amplitude(level_db: np.ndarray) -> np.ndarray:
 
 
 def compress(envelope: np.ndarray, gain_db: np.ndarray, grey_at_0db: float, range_db: float) -> np.ndarray:
-    """Log compression to grey in [0, 1]: `grey_at_0db` where the envelope with its gain is 1, `range_db` black to white."""
+    """Envelope with its gain to grey in [0, 1]: logarithm, then a display curve that darkens the dark.
+
+    Black to white are `range_db` apart, and an envelope of 1 lies at `grey_at_0db` before the curve.
+    """
     level = 20 * np.log10(envelope + 1e-5) + gain_db
-    return np.clip(grey_at_0db + level / range_db, 0, 1)
+    return np.clip(grey_at_0db + level / range_db, 0, 1) ** DISPLAY_GAMMA
 
 
 def smooth_field(rng: np.random.Generator, shape: tuple[int, int], modes: tuple[int, int]) -> np.ndarray:

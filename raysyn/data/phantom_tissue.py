@@ -14,8 +14,8 @@ import numpy as np
 from raysyn.data.phantom_anatomy import SEPTUM_ATRIA_MM, Heart, Star, Strand
 from raysyn.data.phantom_speckle import smooth_field
 
-LEFT_ATRIUM_WALL_MM = 2.0
-RIGHT_WALL_MM = 4.5
+LEFT_ATRIUM_WALL_MM = 1.5
+RIGHT_WALL_MM = 4.0
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ def draw_look(rng: np.random.Generator) -> Look:
     """Draw a view's appearance, from good to poor picture quality."""
     poor = rng.beta(1.5, 2.5)
     return Look(
-        blood_db=rng.uniform(-29, -25) + 4 * poor,
-        surround_db=rng.uniform(-11.5, -7.5),
-        pericardium_db=rng.uniform(7, 12),
-        along_beam_db=rng.uniform(2, 5) + 2 * poor,
-        patch_db=rng.uniform(1.2, 2.6),
-        dropout_db=rng.uniform(1, 4) + 4 * poor,
-        clutter_db=rng.uniform(-3, 3) + 3 * poor,
-        clutter_mm=rng.uniform(9, 14),
+        blood_db=rng.uniform(-31, -26) + 4 * poor,
+        surround_db=rng.uniform(-12, -8),
+        pericardium_db=rng.uniform(8, 13),
+        along_beam_db=rng.uniform(3, 6) + 2 * poor,
+        patch_db=rng.uniform(1.8, 3.4),
+        dropout_db=rng.uniform(2, 5) + 4 * poor,
+        clutter_db=rng.uniform(1, 5) + 3 * poor,
+        clutter_mm=rng.uniform(7.5, 11),
         band_mm=rng.uniform(5, 9),
-        edge_shadow=(rng.uniform(0, 14), rng.uniform(0, 14)),
+        edge_shadow=(rng.uniform(0, 12), rng.uniform(0, 9)),
         shadows=np.stack([rng.uniform(-0.95, 0.95, 2), rng.uniform(0.03, 0.1, 2), rng.uniform(-4, 7, 2)], axis=1),
     )
 
@@ -80,10 +80,12 @@ def _across(star: Star, grid: PolarGrid) -> np.ndarray:
 def tissue_levels(heart: Heart, grid: PolarGrid, look: Look, rng: np.random.Generator) -> np.ndarray:
     """Scatterer strength [S, B] in dB over average myocardium. `rng` draws the smooth unevenness."""
     shape = grid.x.shape
-    uneven = look.patch_db * smooth_field(rng, shape, (9, 9))
+    uneven = look.patch_db * smooth_field(rng, shape, (12, 9))
+    layers = smooth_field(rng, shape, (44, 6))  # fascia and fibres: thin in depth, long across
+    rough = smooth_field(rng, shape, (56, 30))
     contact = smooth_field(rng, shape, (3, 7))
-    dropout = -look.dropout_db * np.maximum(contact - 0.3, 0)
-    cavity, wall, past = heart.wall(grid.x, grid.z)
+    dropout = -look.dropout_db * np.maximum(contact - 0.2, 0)
+    cavity, wall, past_endo, past = heart.wall(grid.x, grid.z)
     la_past = heart.la.beyond(grid.x, grid.z)
     across = _across(heart.lv_endo, grid)
 
@@ -95,23 +97,28 @@ def tissue_levels(heart: Heart, grid: PolarGrid, look: Look, rng: np.random.Gene
             outside = np.minimum(outside, right[-1][1] - RIGHT_WALL_MM)
 
     # Around the heart: a bright pericardium where it faces the beam, then lung and far tissue that fade.
-    facing = _across(heart.la, grid) if not right else np.maximum(_across(heart.la, grid), 0.75 * across)
-    bright = (look.pericardium_db - look.surround_db) * (0.25 + 0.75 * facing**2) + 1.5 * uneven
-    ring = np.exp(-(((outside - 2.2) / 1.9) ** 2))
-    behind = 0.5 * np.exp(-np.maximum(outside - 2.2, 0) / 9.0) * (grid.z > 0.55 * heart.roof_mm)
-    level = look.surround_db + 1.6 * uneven + np.maximum(ring, behind) * bright
-    level -= 5.0 * (1 - facing) * np.clip(outside / 12, 0, 1)
+    la_across = _across(heart.la, grid)
+    facing = np.maximum(la_across * (grid.z > 0.6 * heart.roof_mm), 0.85 * across)
+    bright = (look.pericardium_db - look.surround_db) * (0.3 + 0.7 * facing**2) + 3.0 * contact + 2.0 * layers
+    bright = np.minimum(bright, look.pericardium_db - look.surround_db + 2.0)
+    ring = np.exp(-(((outside - 2.2) / 1.7) ** 2))
+    deep = np.clip(grid.z / heart.roof_mm - 0.55, 0, 0.4) / 0.4
+    behind = deep * (0.75 * np.exp(-np.maximum(outside - 2.2, 0) / 10.0) + 0.1)
+    level = look.surround_db + 1.5 * uneven + np.maximum(ring, behind) * bright
+    level += 4.0 * np.maximum(layers - 0.5, 0) - 8.0 * (1 - deep) * np.clip(outside / 10, 0, 1)
 
-    walls = uneven - look.along_beam_db * (0.75 - across) + dropout
+    across = np.where(la_past < past, la_across - 0.5, across)  # thin walls of the atria: only their roof is seen well
+    walls = 1.2 * uneven + 1.2 * layers + 1.5 * rough - look.along_beam_db * (0.75 - across) + dropout
     level = np.where(outside < 0, walls, level)
     level[wall] = walls[wall] + 0.8
-    blood = look.blood_db + 1.5 * uneven
+    blood = look.blood_db + 1.2 * uneven + 5.0 * np.exp(-grid.depth / 40)
     for _, distance in right:
         level = np.where((distance < 0) & (past > 0) & (la_past > SEPTUM_ATRIA_MM), blood, level)
     level = np.where((la_past < 0) & ~wall & ~cavity, blood, level)
-    level = np.where(cavity, blood + 1.0, level)
+    trabeculae = (past_endo > -3.2) & (rough > 0.35)
+    level = np.where(cavity, np.where(trabeculae, walls - 8.0, blood + 1.0), level)
     for x, z, long, short, turn in heart.blobs:
-        _ellipse(level, cavity, grid, (x, z, long, short, turn), -5.0 + uneven)
+        _ellipse(level, cavity, grid, (x, z, long, short, turn), -5.0 + 2 * rough)
     for strand in heart.strands:
         _draw_strand(level, grid, strand)
     for x, z in heart.bright_points:
@@ -148,7 +155,7 @@ def _draw_strand(level: np.ndarray, grid: PolarGrid, strand: Strand) -> None:
         cx, cz = (x1 - x0) / length, (z1 - z0) / length
         along = np.clip(dx * cx + dz * cz, 0, length)
         distance = np.hypot(dx - along * cx, dz - along * cz)
-        value = strand.level_db - 12 * np.maximum(distance / strand.half_mm - 1, 0)
+        value = strand.level_db - 9 * np.maximum(distance / strand.half_mm - 1, 0)
         near = distance < reach
         level[rows][near] = np.maximum(level[rows][near], value[near])
 
@@ -164,7 +171,7 @@ def shadow_db(grid: PolarGrid, look: Look) -> np.ndarray:
     """Level lost behind ribs and lung [S, B], dB >= 0: along the sector's borders and in at most two narrow rays."""
     place = grid.angle / grid.angle.max()
     lost = sum(
-        loss * np.clip((side * place - 0.68) / 0.32, 0, 1) ** 1.3 for side, loss in zip((-1, 1), look.edge_shadow)
+        loss * np.clip((side * place - 0.76) / 0.24, 0, 1) ** 1.3 for side, loss in zip((-1, 1), look.edge_shadow)
     )
     for centre, width, loss in look.shadows:
         lost = lost + max(loss, 0.0) * np.exp(-(((place - centre) / width) ** 2))
