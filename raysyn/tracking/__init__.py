@@ -2,6 +2,7 @@
 
 from raysyn.tracking.entries import flatten
 from raysyn.tracking.places import ensure_database, git_commit, tracking_uri
+from raysyn.tracking.study import log_study
 from raysyn.tracking.tracker import Tracker
 
-__all__ = ["Tracker", "ensure_database", "flatten", "git_commit", "tracking_uri"]
+__all__ = ["Tracker", "ensure_database", "flatten", "git_commit", "log_study", "tracking_uri"]

@@ -29,24 +29,16 @@ class ConditionalSampler:
         """
         import dataclasses
 
-        import torch
+        from raysyn.labels import STRUCTURES
+        from raysyn.pipeline import synthesize_images
 
-        from raysyn.diffusion.generate import generate
-        from raysyn.nets.spade import one_hot_from_index
-
-        chosen = params or {}
-        index = torch.from_numpy(np.ascontiguousarray(semantic, dtype=np.uint8))
+        chosen, semantic = params or {}, np.asarray(semantic, dtype=np.uint8)
         sampler = self.fitted.config.sampler
         if chosen.get("num_steps"):
             sampler = dataclasses.replace(sampler, num_steps=int(chosen["num_steps"]))
-        one_hot = one_hot_from_index(index)
-        sector = (index % 5 != 0)[:, None].to(torch.float32)
-        seeds = [int(chosen.get("seed", 0)) + i for i in range(len(index))]
-        with torch.no_grad():
-            shape = self.fitted.codec.latent_shape(index.shape[-1])
-            drawn = generate(self.fitted.denoiser, one_hot, seeds, sampler, latent_shape=shape)
-            image = self.fitted.codec.decode(drawn, sector)
-        return ((image[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        view = semantic.max(axis=(1, 2)) // len(STRUCTURES)
+        seeds = [int(chosen.get("seed", 0)) + i for i in range(len(semantic))]
+        return synthesize_images(self.fitted, semantic % len(STRUCTURES), view, seeds, sampler)
 
 
 def _load_pyfunc(data_path: str) -> ConditionalSampler:

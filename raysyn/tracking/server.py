@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 from raysyn.tracking.places import QUIET, has_schema
+from raysyn.tracking.study import VIEW_TAG, view_path
 from raysyn.types import UserError
 
 # Without its job runner the server takes a quarter of the memory and a third of the time to start.
@@ -86,6 +89,13 @@ def stop_server(process: subprocess.Popen) -> None:
             continue
 
 
+def _studies(database: Path) -> list[str]:
+    """Experiments with a study's view, by a look into the database: importing MLflow here would take as long again."""
+    with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+        found = connection.execute("SELECT experiment_id FROM experiment_tags WHERE key = ?", (VIEW_TAG,))
+        return [str(row[0]) for row in found]
+
+
 def serve(folder: str, port: int = 5000) -> None:
     """Show the runs below `folder` until Ctrl-C."""
     database = find_database(folder)
@@ -95,6 +105,8 @@ def serve(folder: str, port: int = 5000) -> None:
     try:
         wait_until_up(process, port)
         print(f'http://127.0.0.1:{port}   (choose "Model training"; Ctrl-C ends it)', flush=True)
+        for experiment in _studies(database):
+            print(f"the study's rows compared: http://127.0.0.1:{port}{view_path(experiment)}", flush=True)
         process.wait()
     except KeyboardInterrupt:
         print()

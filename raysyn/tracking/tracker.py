@@ -78,7 +78,7 @@ class Tracker:
         if params:
             tracker.log_params(params)
             whole = json.loads(json.dumps(params, default=str))
-            tracker._call("config.json", lambda client, run_id: client.log_dict(run_id, whole, "config.json"))
+            tracker.on_server("config.json", lambda client, run_id: client.log_dict(run_id, whole, "config.json"))
         return tracker
 
     @staticmethod
@@ -128,7 +128,7 @@ class Tracker:
             else:
                 client.log_image(run_id, loaded, key=safe_key(name).replace("/", "_"), step=step)
 
-        self._call(name, send)
+        self.on_server(name, send)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Queue a local file or folder, which must stay there until `finish`, as an artifact below `folder`."""
@@ -137,7 +137,7 @@ class Tracker:
         def send(client: Any, run_id: str) -> None:
             (client.log_artifacts if path.is_dir() else client.log_artifact)(run_id, str(path), folder or None)
 
-        self._call(str(path), send)
+        self.on_server(str(path), send)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Queue rows as a table that MLflow's evaluation view shows; the artifact is `<name>.json`."""
@@ -145,7 +145,7 @@ class Tracker:
         data = {c: [row.get(c) for row in rows] for c in columns}
         content = {"columns": columns, "data": [list(values) for values in zip(*data.values())]}
         text = json.dumps(content, default=str)
-        self._call(name, lambda client, run_id: client.log_text(run_id, text, f"{name.removesuffix('.json')}.json"))
+        self.on_server(name, lambda client, run_id: client.log_text(run_id, text, f"{name.removesuffix('.json')}.json"))
 
     def log_model_dir(
         self, path: str | Path, *, name: str = "model", example: np.ndarray | None = None, registered_name: str = ""
@@ -158,7 +158,7 @@ class Tracker:
 
             log_model(self.uri, run_id, path, name=name, example=example, registered_name=registered_name)
 
-        self._call(f"model {path}", send)
+        self.on_server(f"model {path}", send)
 
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> int:
         """Deliver what is queued, set the run's status (FINISHED, FAILED or KILLED) and stop. Returns what was dropped.
@@ -167,7 +167,7 @@ class Tracker:
         """
         if self._closing:
             return self.dropped
-        self._call("status", lambda client, run_id: client.set_terminated(run_id, status))
+        self.on_server("status", lambda client, run_id: client.set_terminated(run_id, status))
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -190,7 +190,8 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self.finish("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
 
-    def _call(self, what: str, send: Callable[[Any, str], None]) -> None:
+    def on_server(self, what: str, send: Callable[[Any, str], None]) -> None:
+        """Queue anything else: `send(client, run_id)` is called from the tracker's thread, again when it fails."""
         with self._changed:
             if len(self._calls) >= 1000:
                 self._calls.popleft()
@@ -324,5 +325,5 @@ class _Disabled(Tracker):
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         pass
 
-    def _call(self, what: str, send: Callable[[Any, str], None]) -> None:
+    def on_server(self, what: str, send: Callable[[Any, str], None]) -> None:
         pass

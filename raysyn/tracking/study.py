@@ -1,0 +1,125 @@
+"""A study in MLflow: a run for each row of its table, the report beside them, and a view that compares the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from raysyn.config import TrackingConfig
+from raysyn.report.table import COLUMNS, METRIC_NAMES, Row, is_generated, row_metrics, row_name
+from raysyn.tracking.places import open_client
+from raysyn.tracking.tracker import Tracker
+
+KIND_TAG, VIEW_KEY = "raysyn.kind", "study"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+ROW_PARAMS = ("trained_on", "model", "space", "solver", "num_steps")
+CHARTS = (
+    ("cost/sample_seconds_per_image", "task/mean_dice"),
+    ("realism/fd_lite0", "task/mean_dice"),
+    ("task/mean_dice", ""),
+    ("task/view_accuracy", ""),
+    ("cost/sample_seconds_per_image", ""),
+    ("realism/fd_lite0", ""),
+)
+
+
+def log_study(
+    config: TrackingConfig,
+    storage: str,
+    rows: Sequence[Row],
+    *,
+    fingerprint: str,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    report_folder: str | Path | None = None,
+) -> int:
+    """Log every row of a study as a run of its own, with `cost/*`, `realism/*` and `task/*` metrics; then the report.
+
+    The runs stand beside each other, not below the study's: MLflow's charts leave folded children out. Logged again,
+    the same study goes on in the same runs. `params` is the resolved config. Returns how many entries were dropped.
+    """
+    if not config.enabled:
+        return 0
+    tags = {**(tags or {}), "fingerprint": fingerprint}
+    study = Tracker.start(config, storage, "study", params, {**tags, KIND_TAG: "study"}, key=f"{fingerprint}/study")
+    runs = []
+    for row in rows:
+        own = {key: row[key] for key in ROW_PARAMS if row.get(key) not in (None, "")}
+        name = row_name(row)
+        control = row.get("trained_on") == "synthetic" and not is_generated(row)
+        kind = {KIND_TAG: "control" if control else "row"}
+        run = Tracker.start(config, storage, name, own, {**tags, **kind}, key=f"{fingerprint}/{name}")
+        run.log_metrics(row_metrics(row))
+        runs.append(run)
+    if report_folder is not None:
+        study.log_artifact(report_folder, "report")
+    study.on_server("the study's view", _save_view)
+    return sum(run.finish() for run in [*runs, study])
+
+
+def view_state() -> dict[str, Any]:
+    """What MLflow's runs page shows under the view `study`: the table's columns, and cost and realism against Dice."""
+    chosen = [f"params.`{p}`" for p in ROW_PARAMS] + [
+        f"metrics.`{METRIC_NAMES[c]}`" for c in COLUMNS if c in METRIC_NAMES
+    ]
+    charts = []
+    for i, (first, second) in enumerate(CHARTS):
+        chart: dict[str, Any] = {
+            "uuid": f"chart-{i}",
+            "metricSectionId": "study",
+            "deleted": False,
+            "isGenerated": False,
+        }
+        if second:
+            axes = {axis: {"key": key, "type": "METRIC"} for axis, key in (("xaxis", first), ("yaxis", second))}
+            chart |= {"type": "SCATTER", "runsCountToCompare": 100, **axes}
+        else:
+            chart |= {"type": "BAR", "runsCountToCompare": 100, "metricKey": first, "displayName": first}
+        charts.append(chart)
+    section = {"uuid": "study", "name": "The study", "display": True, "isReordered": False, "deleted": False}
+    return {
+        "searchFilter": f"tags.`{KIND_TAG}` = 'row'",
+        "orderByKey": "metrics.`task/mean_dice`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": chosen,
+        "compareRunCharts": charts,
+        "compareRunSections": [{**section, "isGenerated": False}],
+        "isAccordionReordered": True,  # keeps this section first
+        "hideEmptyCharts": True,
+        "runsHiddenMode": "SHOWALL",
+    }
+
+
+def _save_view(client: Any, run_id: str) -> None:
+    experiment = client.get_run(run_id).info.experiment_id
+    client.set_experiment_tag(experiment, VIEW_TAG, json.dumps(view_state()))
+
+
+def view_path(experiment_id: str, *, charts: bool = True) -> str:
+    """Path and query of the page that compares a study's rows, on any MLflow server that holds it."""
+    mode = "CHART" if charts else "TABLE"
+    query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={VIEW_KEY}"
+    return f"/#/experiments/{experiment_id}/runs?{query}"
+
+
+def compare_path(experiment_id: str, run_ids: Sequence[str]) -> str:
+    """Path and query of MLflow's own page that compares runs."""
+    return f"/#/compare-runs?runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment_id]))}"
+
+
+def studies(uri: str) -> dict[str, list[str]]:
+    """Experiments that hold a study → the ids of its row runs."""
+    client = open_client(uri)
+    found = {}
+    for experiment in client.search_experiments():
+        if VIEW_TAG in experiment.tags:
+            runs = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'row'", max_results=1000)
+            found[experiment.experiment_id] = [run.info.run_id for run in runs]
+    return found
