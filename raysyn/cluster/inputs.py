@@ -165,11 +165,12 @@ def _run(reader: Reader, chunks: list[Chunk], storage: Storage) -> list[dict[str
     """All shards' entries. Where input may be bad, none is written before every one was made without a problem."""
     import ray
 
-    report, started, done = reporter("prepare"), time.monotonic(), 0
+    started, done = time.monotonic(), 0
     total = sum(len(c.patients) for c in chunks)
     entries: list[dict[str, Any]] = []
     held: list[tuple[str, Any]] = []  # shards that wait in Ray's object store until all are checked
     with watch(lambda: "prepare"):
+        report = reporter("prepare")
         for chunk, entry, data_ref in _made(reader, chunks, storage):
             entries.append(entry)
             if not reader.writes_before_checked:
