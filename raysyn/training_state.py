@@ -68,7 +68,8 @@ class TrainState:
             entries.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        self.progress = Progress(**progress)
+        pairs = {key: [tuple(entry) for entry in progress[key]] for key in ("validations", "rollbacks")}
+        self.progress = Progress(**{**progress, **pairs})
 
 
 def _copy(value: Any) -> Tensor:
