@@ -22,6 +22,7 @@ from raysyn.config import (
     TuneJob,
     fingerprint,
 )
+from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
 TASKS = ("segmentation", "classification")
@@ -125,14 +126,14 @@ def _tune_node(config: CompareJob, row: Row) -> Node:
 def _run_tune(job: TuneJob, prepared: Outcome, train_set: Outcome | None = None) -> Outcome:
     from raysyn.cluster.tune import tune
 
-    return tune(dataclasses.replace(job, train_sets=[(train_set or prepared).path]))
+    return tune(dataclasses.replace(job, train_sets=[(train_set or prepared).manifest["frames"]]))
 
 
 def _task_nodes(config: CompareJob, row: Row, kind: str, *, tuned: bool) -> list[Node]:
     nodes = []
     for seed in range(config.num_task_seeds):
         task: TaskConfig = dataclasses.replace(getattr(config, kind), seed=getattr(config, kind).seed + seed)
-        needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
+        needs: tuple[str, ...] = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
         use = tuned and kind == "segmentation"
         run = partial(_run_task, _job(JobConfig, config), task, row.kind, use)
         gpus = config.workers.gpus_per_worker
@@ -149,7 +150,7 @@ def _run_task(job: JobConfig, task: TaskConfig, kind: str, use_tuned: bool, *inp
     train_set = prepared if kind == "ceiling" else inputs[1]
     if use_tuned:
         task = dataclasses.replace(task, **inputs[-1].manifest["best_task"])
-    return run_task(job, task, [train_set.path], prepared.path)
+    return run_task(job, task, [train_set.manifest["frames"]], prepared.manifest["frames"])
 
 
 def _measure_node(config: CompareJob, row: Row) -> Node:
@@ -161,7 +162,7 @@ def _run_realism(job: JobConfig, prepared: Outcome, train_set: Outcome | None = 
     """Realism of a training set against the held-out test frames; the prepared set's own is the baseline."""
     from raysyn.cluster.task_runs import run_realism
 
-    return run_realism(job, (train_set or prepared).path, prepared.path)
+    return run_realism(job, (train_set or prepared).manifest["frames"], prepared.manifest["frames"])
 
 
 def compare_fingerprint(config: CompareJob) -> str:
@@ -195,10 +196,11 @@ def compare(config: CompareJob) -> Outcome:
     if done is not None:
         print_table(done.manifest["rows"])
         return done
+    config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     rows = study_rows(config)
     with ray_session(config.ray):
         result: GraphResult = run_graph(study_nodes(config, rows), max_parallel=max(4, 2 * config.workers.num_workers))
-        manifest = write_study(config, rows, result)
+        manifest = write_study(config, rows, result, stage.fingerprint)
     print_table(manifest["rows"])
     if result.failures:
         for key, line in result.failures.items():

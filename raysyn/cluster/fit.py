@@ -238,7 +238,9 @@ def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple
         run_worker,
         train_loop_config=job,
         backend_config=TorchGroup(use_gpu=workers.gpus_per_worker > 0),
-        scaling_config=ScalingConfig(num_workers=number, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=number, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
+        ),
         run_config=RunConfig(
             name="ray_train",
             storage_path=stage.storage.path,

@@ -1,0 +1,151 @@
+"""From the stages' manifests to the study's rows, its report folder and its runs in MLflow."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from raysyn.cluster.graph import GraphResult
+from raysyn.config import CompareJob, to_dict
+from raysyn.data.frames import read_arrays
+from raysyn.data.storage import Storage
+from raysyn.report.table import COLUMNS, print_table, table_csv
+from raysyn.types import FrameArrays, Outcome
+
+__all__ = ["print_table", "study_table", "write_study"]
+
+NUM_PICTURED = 64
+
+
+def study_table(config: CompareJob, rows: list[Any], result: GraphResult) -> list[dict[str, Any]]:
+    """A dict a row: the table's columns, then `cost/*`, `realism/*` and `task/*` numbers; failed rows are left out."""
+    table = []
+    for row in rows:
+        scores = [_task_scores(config, row.key, task, result) for task in ("segmentation", "classification")]
+        realism: Outcome | None = result.results.get(f"realism {row.key}")
+        if any(s is None for s in scores) or realism is None:
+            continue
+        measured: dict[str, Any] = {**(scores[0] or {}), **(scores[1] or {})}
+        table.append({**_identity(config, row), **_cost(config, row, result), **_named(measured, realism)})
+    return table
+
+
+def _identity(config: CompareJob, row: Any) -> dict[str, Any]:
+    source = "phantom" if config.data.name == "phantom" else "real"
+    if row.kind == "ceiling":
+        return {"trained_on": source, "model": "", "space": "", "solver": "", "num_steps": None}
+    own = {"model": row.model.name, "space": row.model.space}
+    if row.kind == "control":
+        return {"trained_on": "control", **own, "model": f"{row.model.name} {row.key}", "solver": "", "num_steps": None}
+    sampler = row.model.sampler
+    return {"trained_on": "synthetic", **own, "solver": sampler.solver, "num_steps": sampler.num_steps}
+
+
+def _task_scores(config: CompareJob, key: str, task: str, result: GraphResult) -> dict[str, Any] | None:
+    """Scores of a row's task, their mean over seeds; None when a run is missing."""
+    runs = [result.results.get(f"{task} {key} seed {seed}") for seed in range(config.num_task_seeds)]
+    if any(run is None for run in runs):
+        return None
+    all_scores = [run.manifest["scores"] for run in runs if run is not None]
+    means = {k: sum(s[k] for s in all_scores) / len(all_scores) for k in all_scores[0]}
+    seconds = sum(run.manifest["cpu_seconds"] for run in runs if run is not None)
+    return {**means, f"cost/{task}_cpu_seconds": seconds}
+
+
+def _named(scores: dict[str, Any], realism: Outcome) -> dict[str, Any]:
+    """The table's own columns by their short names, everything else under its family."""
+    found: dict[str, Any] = {}
+    for key, value in scores.items():
+        base = key.removesuffix("_low").removesuffix("_high")
+        found[key if base in COLUMNS or key.startswith("cost/") else f"task/{key}"] = value
+    for key, value in realism.manifest["scores"].items():
+        found[key if key in COLUMNS else f"realism/{key}"] = value
+    return found
+
+
+def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
+    """Seconds of every stage that the row's data set needed, and money at the configured rates."""
+    if row.kind != "synthetic":
+        return {}
+    drawn: Outcome = result.results[f"set {row.key}"]
+    fitted: Outcome = result.results[f"fit {row.model.name}"]
+    autoencoder: Outcome | None = next(
+        (r for k, r in result.results.items() if isinstance(r, Outcome) and _is_autoencoder_of(r, fitted, k)), None
+    )
+    cost: dict[str, Any] = {
+        "num_function_evals": drawn.manifest["num_function_evals"],
+        "seconds_per_image": drawn.manifest["seconds_per_image"],
+        "cost/num_attempts": drawn.manifest["num_attempts"],
+        "cost/num_rejected": drawn.manifest["num_rejected"],
+        "cost/parameters": fitted.manifest["parameters"],
+    }
+    for device in ("cpu", "gpu"):
+        parts = {
+            f"cost/sample_{device}_seconds": drawn.manifest[f"{device}_seconds"],
+            f"cost/fit_{device}_seconds": fitted.manifest[f"train_{device}_seconds"],
+        }
+        if autoencoder is not None:
+            parts[f"cost/autoencoder_{device}_seconds"] = autoencoder.manifest[f"train_{device}_seconds"]
+        cost |= {**parts, f"cost/total_{device}_seconds": sum(parts.values())}
+    rates = {"cpu": config.cost.usd_per_cpu_hour, "gpu": config.cost.usd_per_gpu_hour}
+    cost["cost/usd"] = sum(cost[f"cost/total_{d}_seconds"] / 3600 * rate for d, rate in rates.items())
+    return cost
+
+
+def _is_autoencoder_of(outcome: Outcome, fitted: Outcome, key: str) -> bool:
+    wanted = fitted.manifest.get("autoencoder")
+    return key.startswith("fit autoencoder") and bool(wanted) and outcome.manifest.get("model_dir") == wanted
+
+
+def write_study(config: CompareJob, rows: list[Any], result: GraphResult, fingerprint: str) -> dict[str, Any]:
+    """Write `<storage>/report/` (page, tables, figures, pictures), log every row to MLflow; returns the manifest."""
+    from raysyn.report import write_report
+    from raysyn.report.write import publish
+    from raysyn.tracking import log_study
+
+    table = study_table(config, rows, result)
+    storage = Storage.at(config.storage)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(storage.path) / "report" if storage.is_local else Path(scratch) / "report"
+        info = {"study": fingerprint, "data": config.data.name, "image size": config.data.image_size}
+        write_report(
+            folder,
+            table,
+            curves=_curves(result),
+            samples=_samples(config, rows, result),
+            failures=result.failures,
+            info=info,
+        )
+        main = [r for r in table if r["trained_on"] != "control"]
+        (folder / "table.csv").write_text(table_csv(main))
+        (folder / "controls.csv").write_text(table_csv([r for r in table if r["trained_on"] == "control"]))
+        if not storage.is_local:
+            publish(folder, storage.join("report").uri)
+        lost = log_study(
+            config.tracking, storage.uri, table, fingerprint=fingerprint, params=to_dict(config), report_folder=folder
+        )
+    return {"rows": table, "failures": result.failures, "report": storage.join("report").uri, "not_logged": lost}
+
+
+def _curves(result: GraphResult) -> dict[str, list[dict[str, Any]]]:
+    tuned: Outcome | None = result.results.get("tune segmentation")
+    if tuned is None:
+        return {}
+    trials = tuned.manifest["trials"]
+    return {"trials": [{"series": "score", "x": i + 1, "y": t["score"]} for i, t in enumerate(trials)]}
+
+
+def _samples(config: CompareJob, rows: list[Any], result: GraphResult) -> Any:
+    from raysyn.report.write import Samples
+
+    prepared: Outcome | None = result.results.get("prepare")
+    if prepared is None:
+        return Samples()
+    source = read_arrays(prepared.manifest["frames"], "train", limit=NUM_PICTURED)
+    sets: dict[str, FrameArrays] = {}
+    for row in rows:
+        drawn: Outcome | None = result.results.get(f"set {row.key}")
+        if drawn is not None:
+            sets[row.key] = read_arrays(drawn.manifest["frames"], "train", limit=NUM_PICTURED)
+    return Samples((config.data.name, source), sets)

@@ -1,0 +1,296 @@
+"""The tune stage: search a task's set-up with Ray Tune and Optuna, then refit the best with several seeds.
+
+Ray Tune places and prunes trials; Optuna proposes them and keeps the study in a database. Killed and started again, the
+search is restored by Ray Tune: finished trials stay, unfinished ones run again, and Optuna's study still knows all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysyn.cluster.board import reporter, watch
+from raysyn.cluster.session import ray_session
+from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.task_runs import load_sets, set_fingerprint
+from raysyn.compose import build
+from raysyn.config import JobConfig, PrepareJob, SearchConfig, TaskConfig, TrackingConfig, TuneJob, fingerprint, to_dict
+from raysyn.data.storage import Storage
+from raysyn.types import Outcome, UserError
+
+DEFAULT_SPACE: dict[str, Any] = {
+    "lr": {"low": 1e-5, "high": 1e-2, "log": True},
+    "weight_decay": {"low": 1e-4, "high": 1e-1, "log": True},
+    "augment_strength": {"low": 0.0, "high": 2.0},
+    "loss": {"choices": ["cross_entropy", "dice_cross_entropy"]},
+}
+TRAIN_SET = "train_set"  # the one key of a space that is not the task's: which of train_sets
+
+
+def tune(config: TuneJob) -> Outcome:
+    """Search `config.task` over `config.search.space` on `config.train_sets`; the validation score decides.
+
+    Manifest: `best_task` (the keys searched), `best_score`, `refits`, `trials`, and with two objectives the `pareto`
+    front. Raises UserError for an unknown key of the space or a set that holds test patients.
+    """
+    from raysyn.cluster.inputs import frames_uri, prepare
+
+    config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
+    space = check_space(config.search.space or DEFAULT_SPACE, config)
+    with ray_session(config.ray):
+        shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
+        prepared = prepare(PrepareJob(**{**shared, "overwrite": False, "plan_only": False}))
+        real = frames_uri(prepared)
+        sets = config.train_sets or [real]
+        key = fingerprint(
+            "tune", config.task, config.search, space, [set_fingerprint(s) for s in sets], prepared.fingerprint
+        )
+        stage = open_stage(config.storage, "tune", key, overwrite=config.overwrite)
+        if (done := stage.outcome()) is not None:
+            return done
+        load_sets([sets[0]], real, config.task)  # an empty set or a leak is refused before any trial
+        with watch(lambda: f"tune {config.task.kind}"):
+            results = search(config, stage, space, sets, real)
+            return stage.finish(summary(config, results, sets, real))
+
+
+def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
+    """The space, checked: each key a TaskConfig's (or train_set), each value {low, high, log?} or {choices}."""
+    known = {f.name for f in dataclasses.fields(TaskConfig)} | {TRAIN_SET}
+    for key, domain in space.items():
+        if key not in known:
+            raise UserError(f"search.space.{key}: not a key of the task; its keys are {', '.join(sorted(known))}")
+        if not isinstance(domain, dict) or not ({"low", "high"} <= set(domain) or domain.get("choices")):
+            raise UserError(f"search.space.{key}: give {{low, high, log}} or {{choices: [...]}}, got {domain!r}")
+        for value in domain.get("choices") or [domain["low"], domain["high"]]:
+            if key != TRAIN_SET:
+                build(TaskConfig, {**to_dict(config.task), key: value}, "search.space.")
+            elif not 0 <= int(value) < max(1, len(config.train_sets)):
+                raise UserError(
+                    f"search.space.train_set: {value} is no index of the {len(config.train_sets)} train_sets"
+                )
+    return space
+
+
+def define_by_run(space: dict[str, Any]) -> Any:
+    """The space as Optuna's define-by-run function; integers stay integers."""
+
+    def suggest(trial: Any) -> None:
+        for key, domain in space.items():
+            if domain.get("choices"):
+                trial.suggest_categorical(key, domain["choices"])
+            elif isinstance(domain["low"], int) and isinstance(domain["high"], int):
+                trial.suggest_int(key, domain["low"], domain["high"], log=bool(domain.get("log")))
+            else:
+                trial.suggest_float(key, float(domain["low"]), float(domain["high"]), log=bool(domain.get("log")))
+
+    return suggest
+
+
+def trial_task(task: TaskConfig, params: dict[str, Any]) -> TaskConfig:
+    """The set-up of one trial."""
+    return dataclasses.replace(task, **{k: v for k, v in params.items() if k != TRAIN_SET})
+
+
+def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
+    """Runs on a worker: train on the chosen set, report each validation to Ray Tune and MLflow."""
+    import time
+
+    from ray import tune as ray_tune
+
+    from raysyn.tasks.classification import train_classification
+    from raysyn.tasks.segmentation import train_segmentation
+    from raysyn.tracking import Tracker
+
+    config: TuneJob = job["config"]
+    task = trial_task(config.task, params)
+    sets = load_sets([job["sets"][int(params.get(TRAIN_SET, 0))]], job["real"], task)
+    name = ray_tune.get_context().get_trial_id()
+    tracker = Tracker.start(
+        job["tracking"],
+        config.storage,
+        f"trial {name}",
+        params,
+        {"raysyn.kind": "trial"},
+        parent_run_id=job["parent"],
+        key=f"{job['key']}/{name}",
+    )
+    started = time.process_time()
+    best = -np.inf
+
+    def report(status: dict[str, Any]) -> None:
+        nonlocal best
+        best = max(best, status["score"])
+        cost = time.process_time() - started
+        tracker.log_metrics({"score": status["score"], "loss": status["loss"], "cpu_seconds": cost}, status["step"])
+        ray_tune.report({"score": best, "cost": cost, "training_iteration_step": status["step"]})
+
+    train = train_segmentation if task.kind == "segmentation" else train_classification
+    with contextlib.ExitStack() as stack:
+        stack.callback(tracker.finish, timeout_s=20.0)
+        train(sets["train"], sets["validation"], task, real=sets.get("real"), report=report)
+
+
+def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any]) -> Any:
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = search.optuna_url
+    if not url:
+        if not stage.storage.is_local:
+            raise UserError("search.optuna_url: storage is an object store; give the URL of a database for the study")
+        url = f"sqlite:///{stage.storage.path}/optuna.db"
+    both = len(search.objectives) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return OptunaSearch(
+            space=define_by_run(space),
+            metric=list(search.objectives) if both else "score",
+            mode=["max", "min"] if both else "max",
+            sampler=optuna.samplers.TPESampler(seed=search.seed, multivariate=False),
+            storage=optuna.storages.RDBStorage(url),
+            study_name=f"raysyn-{stage.fingerprint}",
+        )
+
+
+def _scheduler(search: SearchConfig) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+
+    if search.scheduler == "asha":
+        return ASHAScheduler(metric="score", mode="max", grace_period=search.pruning_grace_epochs)
+    if search.scheduler == "median":
+        return MedianStoppingRule(metric="score", mode="max", grace_period=search.pruning_grace_epochs)
+    return None
+
+
+def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[str], real: str) -> list[dict[str, Any]]:
+    """Run or go on with the search; a dict a finished trial: trial, params, score, cost, iterations."""
+    from ray import tune as ray_tune
+    from ray.tune import RunConfig, TuneConfig, Tuner
+
+    from raysyn.tracking import Tracker, ensure_database, tracking_uri
+
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    tracking = config.tracking
+    if tracking.enabled:
+        tracking = TrackingConfig(True, tracking_uri(tracking, config.storage), tracking.experiment)
+        ensure_database(tracking.uri)
+    key = f"{stage.fingerprint}/tune"
+    tags = {"raysyn.kind": "search", "fingerprint": stage.fingerprint}
+    parent = Tracker.start(tracking, config.storage, f"tune {config.task.kind}", to_dict(config), tags, key=key)
+    job = {
+        "config": config,
+        "sets": sets,
+        "real": real,
+        "tracking": tracking,
+        "key": key,
+        "parent": parent.wait_run_id(),
+    }
+    workers = config.workers
+    resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+    trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), resources)
+    if stage.storage.is_local:
+        Path(stage.storage.path).mkdir(parents=True, exist_ok=True)
+    path = f"{stage.path}/ray_tune"
+    if Tuner.can_restore(path):
+        tuner = Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=True)
+    else:
+        both = len(config.search.objectives) > 1
+        tuner = Tuner(
+            trainable,
+            tune_config=TuneConfig(
+                metric=None if both or config.search.scheduler != "none" else "score",
+                mode=None if both or config.search.scheduler != "none" else "max",
+                num_samples=config.search.num_trials,
+                max_concurrent_trials=config.search.max_concurrent,
+                search_alg=_optuna_search(config.search, stage, space),
+                scheduler=_scheduler(config.search),
+            ),
+            run_config=RunConfig(name="ray_tune", storage_path=stage.path),
+        )
+    grid = tuner.fit()
+    parent.finish()
+    return _results(grid, config)
+
+
+def _results(grid: Any, config: TuneJob) -> list[dict[str, Any]]:
+    found, errors = [], []
+    for result in grid:
+        if result.error is not None or not result.metrics or "score" not in result.metrics:
+            errors.append(str(result.error).strip().splitlines()[-1] if result.error else "no score")
+            continue
+        params = {k: v for k, v in result.config.items() if k != "job"}
+        found.append(
+            {
+                "trial": result.metrics["trial_id"],
+                "params": params,
+                "score": float(result.metrics["score"]),
+                "cost": float(result.metrics["cost"]),
+                "iterations": int(result.metrics["training_iteration"]),
+            }
+        )
+    if not found:
+        raise RuntimeError(f"all {len(errors)} trials failed; the first: {errors[0] if errors else 'none ran'}")
+    return found
+
+
+def pareto_front(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trials that no other beats in score and in cost, of those that ran to the full budget, cheapest first."""
+    full = max(t["iterations"] for t in trials)
+    whole = [t for t in trials if t["iterations"] == full]
+
+    def beaten(t: dict[str, Any]) -> bool:
+        return any(
+            o["score"] >= t["score"] and o["cost"] <= t["cost"] and (o["score"], -o["cost"]) != (t["score"], -t["cost"])
+            for o in whole
+        )
+
+    return sorted((t for t in whole if not beaten(t)), key=lambda t: t["cost"])
+
+
+def _refit(task: TaskConfig, train_set: str, real: str) -> float:
+    """Runs on a worker: the best set-up with another seed; returns its validation score."""
+    from raysyn.tasks.classification import train_classification
+    from raysyn.tasks.segmentation import train_segmentation
+
+    sets = load_sets([train_set], real, task)
+    train = train_segmentation if task.kind == "segmentation" else train_classification
+    return train(sets["train"], sets["validation"], task, real=sets.get("real")).best_score
+
+
+def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real: str) -> dict[str, Any]:
+    """The manifest: the best trial, refitted with several seeds, all trials and the front."""
+    import ray
+
+    best = max(trials, key=lambda t: t["score"])
+    train_set = sets[int(best["params"].get(TRAIN_SET, 0))]
+    workers = config.workers
+    refit = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker)(_refit)
+    task = trial_task(config.task, best["params"])
+    report = reporter(f"tune {config.task.kind}: refits")
+    report({"done": 0, "total": config.search.num_refits})
+    seeds = [task.seed + 1 + i for i in range(config.search.num_refits)]
+    refits = ray.get([refit.remote(dataclasses.replace(task, seed=s), train_set, real) for s in seeds])
+    report({"done": len(refits), "total": config.search.num_refits})
+    manifest: dict[str, Any] = {
+        "task": config.task.kind,
+        "best_task": {k: v for k, v in best["params"].items() if k != TRAIN_SET},
+        "best_set": train_set,
+        "best_score": best["score"],
+        "refits": refits,
+        "refit_mean": float(np.mean(refits)) if refits else None,
+        "refit_sd": float(np.std(refits)) if refits else None,
+        "trials": trials,
+        "num_trials": len(trials),
+        "cpu_seconds": sum(t["cost"] for t in trials),
+    }
+    if len(config.search.objectives) > 1:
+        manifest["pareto"] = pareto_front(trials)
+    return manifest
