@@ -1,7 +1,7 @@
 """The phantom: a procedural apical echocardiogram with exact labels, the project's embedded default data.
 
 Deterministic by (seed, patient, view, phase) and the same at every size: tissue is imaged once on a fixed polar grid and
-scan-converted at four times the pixels of a 64 px frame, while labels are read off the anatomy at each pixel's centre.
+scan-converted (small pictures are means of finer pixels), while labels are read off the anatomy at each pixel's centre.
 It is a drawing with the statistics of an echocardiogram, named `phantom` wherever it appears.
 """
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raysyn.data.phantom_anatomy import Heart, build_heart, draw_patient, draw_pose
+from raysyn.data.phantom_anatomy import Heart, build_heart
+from raysyn.data.phantom_patient import draw_patient, draw_pose
 from raysyn.data.phantom_speckle import amplitude, complex_noise, compress, scan_convert, smooth_field, speckle
 from raysyn.data.phantom_tissue import Look, PolarGrid, clutter_levels, draw_look, shadow_db, tissue_levels
 from raysyn.labels import LEFT_ATRIUM, LV_CAVITY, MYOCARDIUM, OUTSIDE, TISSUE, view_index
@@ -92,7 +93,7 @@ def _polar_picture(heart: Heart, scanner: Scanner, look: Look, key: tuple[int, .
     for _ in range(NUM_LOOKS):
         echo = speckle(moving, strength) + complex_noise(moving, tissue.shape) * noise
         looks.append(compress(np.abs(echo), gain, scanner.grey_at_0db, scanner.range_db))
-    return sum(looks) / NUM_LOOKS
+    return np.mean(looks, axis=0)
 
 
 def _pixel_centres(scanner: Scanner, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +133,7 @@ def _picture(polar: np.ndarray, scanner: Scanner, size: int) -> np.ndarray:
 
 
 def phantom_frame(seed: int, patient: int, view: str, phase: str, image_size: int, split: str = "") -> Frame:
-    """One frame, uint8 [image_size, image_size]; the same arguments give the same frame on every machine.
+    """One frame, uint8 [image_size, image_size]; the same arguments give the same frame.
 
     Labels are those of `raysyn.labels.STRUCTURES`; in 4CH the right heart is in the image and not in the labels, as in
     CAMUS. The image is 0 outside the sector; pixels are 1.26 times as wide as they are high (`spacing_mm`).

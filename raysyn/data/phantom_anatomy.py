@@ -7,9 +7,11 @@ tables, so that a point is inside or outside by one angle and one look-up, at an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from raysyn.data.phantom_patient import Patient, Pose
 
 NUM_ANGLES = 2048
 SEPTUM_ATRIA_MM = 3.0  # interatrial septum, drawn as wall
@@ -60,12 +62,12 @@ class Heart:
     lv_endo: Star
     lv_epi: Star
     la: Star
-    rv: Star | None
-    ra: Star | None
     strands: list[Strand]
     blobs: list[tuple[float, float, float, float, float]]  # papillary muscles: x, z, half axes in mm, turn in radians
+    bright_points: list[tuple[float, float]]  # hinges of the valves, the crux
     roof_mm: float  # depth of the far wall of the atria
-    bright_points: list[tuple[float, float]] = field(default_factory=list)  # hinges of the valves, the crux
+    rv: Star | None = None
+    ra: Star | None = None
 
     def wall(self, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(inside the cavity, in the wall, mm past the endocardium, mm past the epicardium) at points x, z [...]."""
@@ -75,102 +77,6 @@ class Heart:
         # Below 0.3 mm the two edges are the same line: the mitral plane, where there is no wall.
         wall = (distance < outer) & ~cavity & (outer - inner > 0.3)
         return cavity, wall, distance - inner, distance - outer
-
-
-@dataclass(frozen=True)
-class Patient:
-    """What stays the same in all frames of a patient; lengths in mm, angles in radians, the rest are ratios."""
-
-    lv_length: float
-    lv_half_width: float
-    lv_widest: float
-    lv_annulus: float
-    wall: float
-    shortening: float
-    narrowing: float
-    thickening: float
-    la_length: float
-    la_half_width: float
-    atria: tuple[float, float]  # where along its length an atrium is widest, and how square its roof is
-    rv_width: float
-    rv_start: float
-    ra_half_width: float
-    ra_length: float
-    wiggle: np.ndarray  # [3, 2] relative amplitude and phase of the cavity's edge
-
-
-def draw_patient(rng: np.random.Generator) -> Patient:
-    """Draw a heart: adult sizes, from small and vigorous to large and weak."""
-    build = rng.uniform(0.92, 1.1)
-    weak = rng.beta(1.2, 2.2)  # 0 healthy, 1 dilated and weak
-    return Patient(
-        lv_length=build * (rng.uniform(72, 84) + 5 * weak),
-        lv_half_width=build * (rng.uniform(19.5, 23.5) + 5 * weak),
-        lv_widest=rng.uniform(0.52, 0.7),
-        lv_annulus=rng.uniform(0.62, 0.78),
-        wall=build * rng.uniform(8.0, 11.0),
-        shortening=rng.uniform(0.12, 0.18) * (1 - 0.5 * weak),
-        narrowing=rng.uniform(0.24, 0.34) * (1 - 0.6 * weak),
-        thickening=rng.uniform(0.3, 0.5) * (1 - 0.5 * weak),
-        la_length=build * rng.uniform(34, 44),
-        la_half_width=build * rng.uniform(15.5, 21),
-        atria=(rng.uniform(0.38, 0.58), rng.uniform(2.0, 3.2)),
-        rv_width=build * rng.uniform(34, 46),
-        rv_start=rng.uniform(0.06, 0.26),
-        ra_half_width=build * rng.uniform(16, 22),
-        ra_length=build * rng.uniform(34, 46),
-        wiggle=np.stack([rng.uniform(0.0, [0.03, 0.02, 0.015]), rng.uniform(0, 2 * np.pi, 3)], axis=1),
-    )
-
-
-@dataclass(frozen=True)
-class Pose:
-    """How a view cuts the heart: the left ventricle's apex (x, z) in mm, its axis's tilt in radians, ratios, levels."""
-
-    apex: tuple[float, float]
-    tilt: float
-    width: float
-    left: float
-    right: float
-    bend_mm: float
-    la_lean: float
-    la_size: float
-    left_wall: float
-    right_wall: float
-    tent_mm: float
-    open_mm: float
-    rv_size: float
-    leaflets: tuple[float, float]  # levels of the mitral leaflets, dB over myocardium
-    band_db: float  # level of the right ventricle's moderator band
-    papillary: np.ndarray  # [2, 3] position along the axis, size, presence
-
-    def world(self, s: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """(s, u) of the ventricle's frame, arrays [N], to (x, z) [N, 2]."""
-        c, n = np.cos(self.tilt), np.sin(self.tilt)
-        return np.stack([self.apex[0] + s * n + u * c, self.apex[1] + s * c - u * n], axis=-1)
-
-
-def draw_pose(rng: np.random.Generator, view: str) -> Pose:
-    """How a patient is seen in a view; in 4CH the ventricle lies right of the middle, to leave room for the right heart."""
-    four = view == "4CH"
-    return Pose(
-        apex=(rng.uniform(0, 8) if four else rng.uniform(-6, 6), rng.uniform(24, 31)),
-        tilt=rng.uniform(0.07, 0.19) if four else rng.uniform(-0.08, 0.14),
-        width=rng.uniform(0.96, 1.04) if four else rng.uniform(0.98, 1.08),
-        left=rng.uniform(0.86, 0.98) if four else rng.uniform(0.94, 1.06),
-        right=rng.uniform(1.0, 1.1) if four else rng.uniform(0.94, 1.08),
-        bend_mm=rng.uniform(-2.0, 2.5),
-        la_lean=rng.uniform(-7, 2) if four else rng.uniform(-5, 5),
-        la_size=rng.uniform(0.94, 1.06),
-        left_wall=rng.uniform(0.95, 1.15),
-        right_wall=rng.uniform(0.9, 1.05),
-        tent_mm=rng.uniform(3, 8),
-        open_mm=max(0.0, rng.uniform(-12, 8)),
-        rv_size=rng.uniform(0.9, 1.12),
-        leaflets=(rng.uniform(-8, 5), rng.uniform(-13, 4)),
-        band_db=rng.uniform(-24, -9),
-        papillary=np.stack([rng.uniform(0.38, 0.55, 2), rng.uniform(0.8, 1.25, 2), rng.uniform(0, 1, 2)], axis=1),
-    )
 
 
 def _bullet(t: np.ndarray, widest: float, base: float) -> np.ndarray:
@@ -197,39 +103,40 @@ def build_heart(patient: Patient, pose: Pose, view: str, phase: str) -> Heart:
     """The heart of `patient` at ED or ES: at ES shorter, narrower, thicker-walled, the valve plane nearer the apex."""
     systole = 1.0 if phase == "ES" else 0.0
     length = patient.lv_length * (1 - patient.shortening * systole)
+    left, right = _cavity(patient, pose, systole, length)
+    outer_left, outer_right = _outer(left, right, patient.wall * (1 + patient.thickening * systole), pose, length)
+    centre = pose.world(np.array(0.6 * length), np.array(0.0))
+    endo = Star.around(pose.world(*_closed(left, right).T), centre)
+    epi = Star.around(pose.world(*_closed(outer_left, outer_right).T), centre)
+    roof = patient.lv_length + patient.la_length * pose.la_size
+    valve = (float(left[0, 1]), float(right[0, 1]))
+    la, la_left, roof_u = _left_atrium(patient, pose, systole, length, roof - length, valve)
+    heart = Heart(
+        lv_endo=endo,
+        lv_epi=Star(epi.centre, np.maximum(epi.radius, endo.radius)),
+        la=la,
+        strands=_mitral(pose, length, valve, phase),
+        blobs=_papillary(pose, left, right, length),
+        bright_points=[pose.point(length, valve[0] - 1.5), pose.point(length, valve[1] + 1.5)],
+        roof_mm=pose.point(roof, roof_u)[1],
+    )
+    if view != "4CH":
+        return heart
+    return _with_right_heart(heart, patient, pose, systole, length, roof, outer_left, la_left)
+
+
+def _cavity(patient: Patient, pose: Pose, systole: float, length: float) -> tuple[np.ndarray, np.ndarray]:
+    """Left and right side of the left ventricle's cavity [N, 2] in (s, u), each from the mitral plane to the apex."""
     half = patient.lv_half_width * pose.width * (1 - patient.narrowing * systole)
-    wall = patient.wall * (1 + patient.thickening * systole)
     t = patient.lv_widest * (1 - np.cos(np.linspace(0, np.pi / 2, 50)))
     t = np.concatenate([t, np.linspace(patient.lv_widest, 1, 41)[1:]])
     edge = half * _bullet(t, patient.lv_widest, patient.lv_annulus + 0.12 * systole)
     for i, (amplitude, turn) in enumerate(patient.wiggle):
         edge = edge * (1 + amplitude * np.sin((i + 2) * np.pi * t + turn) * (1 - t**4))
     middle = pose.bend_mm * 4 * t * (1 - t)
-    s = t * length
-    left, right = middle - edge * pose.left, middle + edge * pose.right
-    inner_left, inner_right = np.stack([s, left], 1)[::-1], np.stack([s, right], 1)[::-1]
-    outer_left, outer_right = _outer(inner_left, inner_right, wall, pose, length)
-    centre = pose.world(np.array(0.6 * length), np.array(0.0))
-    endo = Star.around(pose.world(*_closed(inner_left, inner_right).T), centre)
-    epi = Star.around(pose.world(*_closed(outer_left, outer_right).T), centre)
-    epi = Star(epi.centre, np.maximum(epi.radius, endo.radius))
-
-    roof = patient.lv_length + patient.la_length * pose.la_size
-    la_length = roof - length
-    valve = (left[-1], right[-1])
-    la, la_left, la_middle = _left_atrium(patient, pose, systole, length, la_length, valve)
-    strands = _mitral(pose, length, valve, phase)
-    rv = ra = None
-    crux = [(length, valve[0] - 1.5), (length, valve[1] + 1.5)]
-    if view == "4CH":
-        rv, ra, more, hinges = _right_heart(patient, pose, systole, length, roof, outer_left, la_left)
-        strands += more
-        crux += hinges
-    far = pose.world(np.array(roof), np.array(la_middle))
-    return Heart(
-        endo, epi, la, rv, ra, strands, _papillary(pose, t, left, right, length), float(far[1]),
-        [tuple(map(float, pose.world(np.array(a), np.array(b)))) for a, b in crux],
-    )  # fmt: skip
+    sides = middle - edge * pose.left, middle + edge * pose.right
+    left, right = (np.stack([t * length, u], axis=1)[::-1] for u in sides)
+    return left, right
 
 
 def _outer(
@@ -281,19 +188,20 @@ def _mitral(pose: Pose, length: float, valve: tuple[float, float], phase: str) -
 
 
 def _papillary(
-    pose: Pose, t: np.ndarray, left: np.ndarray, right: np.ndarray, length: float
+    pose: Pose, left: np.ndarray, right: np.ndarray, length: float
 ) -> list[tuple[float, float, float, float, float]]:
     """Hints of the papillary muscles on the walls inside the cavity: (x, z, half length, half width, turn)."""
     blobs = []
     for (place, size, presence), side, inward in zip(pose.papillary, (left, right), (1.0, -1.0)):
         if presence > 0.4:
-            u = float(np.interp(place, t, side)) + inward * 2.5 * size
-            x, z = pose.world(np.array(place * length), np.array(u))
-            blobs.append((float(x), float(z), 8.0 * size, 3.0 * size, pose.tilt - 0.12 * inward))
+            u = float(np.interp(place * length, side[::-1, 0], side[::-1, 1])) + inward * 2.5 * size
+            x, z = pose.point(place * length, u)
+            blobs.append((x, z, 8.0 * size, 3.0 * size, pose.tilt - 0.12 * inward))
     return blobs
 
 
-def _right_heart(
+def _with_right_heart(
+    heart: Heart,
     patient: Patient,
     pose: Pose,
     systole: float,
@@ -301,8 +209,8 @@ def _right_heart(
     roof: float,
     septum: np.ndarray,
     la_left: np.ndarray,
-) -> tuple[Star, Star, list[Strand], list[tuple[float, float]]]:
-    """Ventricle and atrium left of the septum, the tricuspid valve and the moderator band: 4CH only, never a label."""
+) -> Heart:
+    """Add ventricle and atrium left of the septum, the tricuspid valve and the moderator band: 4CH only, never a label."""
     t = np.linspace(0, 1, 60)
     base = length - 5.0  # the tricuspid valve sits nearer to the apex than the mitral one
     start = patient.rv_start * length
@@ -336,4 +244,6 @@ def _right_heart(
     ]
     band = pose.world(s[[32, 24, 18]], np.array([medial[32], 0.5 * (medial[24] + lateral[24]), lateral[18]]))
     strands.append(Strand(band, 0.8, pose.band_db))
-    return rv, ra, strands, [(base, float(lateral[-1])), (0.5 * (base + length), float(medial[-1]) + 2.0)]
+    hinges = [pose.point(base, float(lateral[-1])), pose.point(0.5 * (base + length), float(medial[-1]) + 2.0)]
+    points = heart.bright_points + hinges
+    return replace(heart, rv=rv, ra=ra, strands=heart.strands + strands, bright_points=points)

@@ -23,6 +23,7 @@ class Look:
     """What of a view's appearance is not anatomy; levels in dB over average myocardium."""
 
     blood_db: float
+    right_haze_db: float  # blood of the right heart over that of the left
     surround_db: float
     pericardium_db: float
     along_beam_db: float  # lost by walls that run along the beam
@@ -40,6 +41,7 @@ def draw_look(rng: np.random.Generator) -> Look:
     poor = rng.beta(1.5, 2.5)
     return Look(
         blood_db=rng.uniform(-31, -26) + 4 * poor,
+        right_haze_db=max(0.0, rng.uniform(-6, 6)),
         surround_db=rng.uniform(-12, -8),
         pericardium_db=rng.uniform(8, 13),
         along_beam_db=rng.uniform(3, 6) + 2 * poor,
@@ -77,53 +79,78 @@ def _across(star: Star, grid: PolarGrid) -> np.ndarray:
     return np.abs(dot) / np.maximum(np.hypot(dx, dz), 1e-3)
 
 
+@dataclass(frozen=True)
+class Texture:
+    """Smooth random fields [S, B] of about unit variance."""
+
+    uneven: np.ndarray  # over centimetres
+    layers: np.ndarray  # fascia and fibres: thin in depth, long across
+    rough: np.ndarray  # over millimetres
+    contact: np.ndarray  # of the transducer, over the sector
+
+    @staticmethod
+    def draw(rng: np.random.Generator, shape: tuple[int, int]) -> Texture:
+        """Draw all four."""
+        uneven, layers, rough, contact = (smooth_field(rng, shape, m) for m in ((12, 9), (44, 6), (56, 30), (3, 7)))
+        return Texture(uneven, layers, rough, contact)
+
+
 def tissue_levels(heart: Heart, grid: PolarGrid, look: Look, rng: np.random.Generator) -> np.ndarray:
     """Scatterer strength [S, B] in dB over average myocardium. `rng` draws the smooth unevenness."""
-    shape = grid.x.shape
-    uneven = look.patch_db * smooth_field(rng, shape, (12, 9))
-    layers = smooth_field(rng, shape, (44, 6))  # fascia and fibres: thin in depth, long across
-    rough = smooth_field(rng, shape, (56, 30))
-    contact = smooth_field(rng, shape, (3, 7))
-    dropout = -look.dropout_db * np.maximum(contact - 0.2, 0)
-    cavity, wall, past_endo, past = heart.wall(grid.x, grid.z)
+    texture = Texture.draw(rng, grid.x.shape)
+    cavity, wall, past_endo, past_epi = heart.wall(grid.x, grid.z)
     la_past = heart.la.beyond(grid.x, grid.z)
-    across = _across(heart.lv_endo, grid)
+    right = [star.beyond(grid.x, grid.z) for star in (heart.rv, heart.ra) if star is not None]
+    outside = np.minimum(past_epi, la_past - LEFT_ATRIUM_WALL_MM)
+    for past in right:
+        outside = np.minimum(outside, past - RIGHT_WALL_MM)
+    lv_across, la_across = _across(heart.lv_endo, grid), _across(heart.la, grid)
 
-    outside = np.minimum(past, la_past - LEFT_ATRIUM_WALL_MM)
-    right = []
-    for star in (heart.rv, heart.ra):
-        if star is not None:
-            right.append((star, star.beyond(grid.x, grid.z)))
-            outside = np.minimum(outside, right[-1][1] - RIGHT_WALL_MM)
+    level = _surroundings(heart, grid, look, texture, outside, lv_across, la_across)
+    across = np.where(
+        la_past < past_epi, la_across - 0.5, lv_across
+    )  # of the atria's thin walls only the roof shows well
+    walls = look.patch_db * texture.uneven + 1.2 * texture.layers + 1.5 * texture.rough
+    walls -= look.along_beam_db * (0.75 - across) + look.dropout_db * np.maximum(texture.contact - 0.2, 0)
+    level = np.where(outside < 0, walls, level)
+    level[wall] = walls[wall] + 0.8
 
-    # Around the heart: a bright pericardium where it faces the beam, then lung and far tissue that fade.
-    la_across = _across(heart.la, grid)
-    facing = np.maximum(la_across * (grid.z > 0.6 * heart.roof_mm), 0.85 * across)
-    bright = (look.pericardium_db - look.surround_db) * (0.3 + 0.7 * facing**2) + 3.0 * contact + 2.0 * layers
-    bright = np.minimum(bright, look.pericardium_db - look.surround_db + 2.0)
+    blood = look.blood_db + 0.5 * look.patch_db * texture.uneven + 5.0 * np.exp(-grid.depth / 40)
+    for past in right:
+        level = np.where((past < 0) & (past_epi > 0) & (la_past > SEPTUM_ATRIA_MM), blood + look.right_haze_db, level)
+    level = np.where((la_past < 0) & ~wall & ~cavity, blood, level)
+    trabeculae = (past_endo > -3.2) & (texture.rough > 0.35)
+    level = np.where(cavity, np.where(trabeculae, walls - 8.0, blood + 1.0), level)
+    for blob in heart.blobs:
+        _ellipse(level, cavity, grid, blob, -5.0 + 2 * texture.rough)
+    points = [Strand(np.array([[x, z], [x + 0.1, z]]), 2.0, 4.0) for x, z in heart.bright_points]
+    for strand in heart.strands + points:
+        _draw_strand(level, grid, strand)
+    return level
+
+
+def _surroundings(
+    heart: Heart,
+    grid: PolarGrid,
+    look: Look,
+    texture: Texture,
+    outside: np.ndarray,
+    lv_across: np.ndarray,
+    la_across: np.ndarray,
+) -> np.ndarray:
+    """Levels [S, B] around the heart, whose walls end where `outside` (mm) is 0.
+
+    A pericardium, bright where it faces the beam; beside the heart the lung, which fades; behind it bright far tissue.
+    """
+    facing = np.maximum(la_across * (grid.z > 0.6 * heart.roof_mm), 0.85 * lv_across)
+    contrast = look.pericardium_db - look.surround_db
+    bright = contrast * (0.3 + 0.7 * facing**2) + 3.0 * texture.contact + 2.0 * texture.layers
+    bright = np.minimum(bright, contrast + 2.0)
     ring = np.exp(-(((outside - 2.2) / 1.7) ** 2))
     deep = np.clip(grid.z / heart.roof_mm - 0.55, 0, 0.4) / 0.4
     behind = deep * (0.75 * np.exp(-np.maximum(outside - 2.2, 0) / 10.0) + 0.1)
-    level = look.surround_db + 1.5 * uneven + np.maximum(ring, behind) * bright
-    level += 4.0 * np.maximum(layers - 0.5, 0) - 8.0 * (1 - deep) * np.clip(outside / 10, 0, 1)
-
-    across = np.where(la_past < past, la_across - 0.5, across)  # thin walls of the atria: only their roof is seen well
-    walls = 1.2 * uneven + 1.2 * layers + 1.5 * rough - look.along_beam_db * (0.75 - across) + dropout
-    level = np.where(outside < 0, walls, level)
-    level[wall] = walls[wall] + 0.8
-    blood = look.blood_db + 1.2 * uneven + 5.0 * np.exp(-grid.depth / 40)
-    for _, distance in right:
-        level = np.where((distance < 0) & (past > 0) & (la_past > SEPTUM_ATRIA_MM), blood, level)
-    level = np.where((la_past < 0) & ~wall & ~cavity, blood, level)
-    trabeculae = (past_endo > -3.2) & (rough > 0.35)
-    level = np.where(cavity, np.where(trabeculae, walls - 8.0, blood + 1.0), level)
-    for x, z, long, short, turn in heart.blobs:
-        _ellipse(level, cavity, grid, (x, z, long, short, turn), -5.0 + 2 * rough)
-    for strand in heart.strands:
-        _draw_strand(level, grid, strand)
-    for x, z in heart.bright_points:
-        _draw_strand(level, grid, Strand(np.array([[x, z], [x + 0.1, z]]), 2.0, 4.0))
-    return level
+    level = look.surround_db + 1.2 * look.patch_db * texture.uneven + np.maximum(ring, behind) * bright
+    return level + 4.0 * np.maximum(texture.layers - 0.5, 0) - 8.0 * (1 - deep) * np.clip(outside / 10, 0, 1)
 
 
 def _ellipse(
@@ -173,6 +200,6 @@ def shadow_db(grid: PolarGrid, look: Look) -> np.ndarray:
     lost = sum(
         loss * np.clip((side * place - 0.76) / 0.24, 0, 1) ** 1.3 for side, loss in zip((-1, 1), look.edge_shadow)
     )
-    for centre, width, loss in look.shadows:
+    for centre, width, loss in look.shadows.tolist():
         lost = lost + max(loss, 0.0) * np.exp(-(((place - centre) / width) ** 2))
     return lost * np.clip((grid.depth - 14) / 25, 0, 1)
