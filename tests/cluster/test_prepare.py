@@ -249,8 +249,10 @@ def test_the_job_goes_on_after_kill_9(tmp_path: Path) -> None:
     command = [sys.executable, "jobs/prepare.py", "ray.num_cpus=1", "ray.object_store_mb=100", *settings]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (whole := list(tmp_path.glob("prepare/*/train/shard-*.parquet"))) and time.monotonic() < deadline:
+    whole: list[Path] = []
+    while not whole and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
+        whole = list(tmp_path.glob("prepare/*/train/shard-*.parquet"))
     job.send_signal(signal.SIGKILL)
     job.wait(timeout=30)
     assert whole
