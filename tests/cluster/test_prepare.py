@@ -244,7 +244,7 @@ def test_the_job_refuses_bad_input_with_exit_code_2(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_the_job_goes_on_after_kill_9(tmp_path: Path) -> None:
-    settings = ["data.image_size=32", "data.num_train_patients=100", "data.num_validation_patients=1"]
+    settings = ["data.image_size=32", "data.num_train_patients=64", "data.num_validation_patients=1"]
     settings += ["data.num_test_patients=1", f"storage={tmp_path}"]
     command = [sys.executable, "jobs/prepare.py", "ray.num_cpus=1", "ray.object_store_mb=100", *settings]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -261,7 +261,7 @@ def test_the_job_goes_on_after_kill_9(tmp_path: Path) -> None:
     ran = run_job(*settings)
     assert ran.returncode == 0, ran.stderr[-2000:]
     (manifest,) = tmp_path.glob("prepare/*/manifest.json")
-    assert json.loads(manifest.read_text())["num_frames"]["train"] == 400
+    assert json.loads(manifest.read_text())["num_frames"]["train"] == 256
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
-    assert check_frames(str(manifest.parent))["num_patients"]["train"] == 100
+    assert check_frames(str(manifest.parent))["num_patients"]["train"] == 64
     assert f"prepare: done: {manifest.parent}" in ran.stdout
