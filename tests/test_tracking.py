@@ -41,6 +41,7 @@ def test_where_runs_are_logged(tmp_path: Path) -> None:
     assert artifact_location("http://m:5000", str(tmp_path)) is None
     assert artifact_location("sqlite:///x.db", str(tmp_path)) == (tmp_path / "mlartifacts").as_uri()
     assert artifact_location("postgresql://x", "s3://bucket/prefix/") == "s3://bucket/prefix/mlartifacts"
+    assert artifact_location("postgresql://x", "s3://b/p?region=eu") == "s3://b/p/mlartifacts"
 
 
 def test_params_are_flat_and_within_mlflows_limits() -> None:
@@ -338,3 +339,41 @@ def test_importing_the_room_does_not_import_mlflow() -> None:
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="raysyn.tracking")
+
+
+@pytest.mark.slow
+def test_a_fitted_model_draws_images_through_mlflow(storage: str, tmp_path: Path) -> None:
+    import mlflow
+    import torch
+
+    from raysyn.compose import load_model
+    from raysyn.models import build_denoiser
+    from raysyn.nets.codecs import PixelCodec
+    from raysyn.pipeline import load_model_dir, save_model, synthesize_images
+
+    config = load_model("edm", "demo")
+    torch.manual_seed(0)
+    unet = build_denoiser(config, 32).net
+    save_model(tmp_path / "model", unet, unet, PixelCodec(), config, 32)
+    semantic = np.full((2, 32, 32), 2, np.uint8)
+    semantic[:, :8], semantic[1] = 0, np.where(semantic[1] == 0, 5, 7)
+    semantic[1, :8] = 5
+    with Tracker.start(ON, storage, "fit") as logged:
+        logged.log_model_dir(tmp_path / "model", example=semantic)
+    assert logged.dropped == 0
+    client = open_client(logged.uri)
+    (found,) = client.get_run(logged.run_id).outputs.model_outputs
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(logged.uri)
+    try:
+        model = mlflow.pyfunc.load_model(f"models:/{found.model_id}")
+    finally:
+        mlflow.set_tracking_uri(before)
+    drawn = model.predict(semantic, params={"seed": 3, "num_steps": 2})
+    config.sampler.num_steps = 2
+    label_map, view = semantic % 5, np.array([0, 1], np.uint8)
+    wanted = synthesize_images(load_model_dir(tmp_path / "model"), label_map, view, [3, 4], config.sampler)
+    assert drawn.dtype == np.uint8
+    assert np.array_equal(drawn, wanted)
+    assert (drawn[:, :8] == 0).all(), "nothing outside the sector"
+    assert drawn[:, 8:].std() > 1, "an unfitted net draws faint noise, not nothing"

@@ -55,12 +55,13 @@ def log_model(
     example: np.ndarray | None = None,
     registered_name: str = "",
     loader_module: str = "raysyn.tracking.model",
+    with_code: bool = True,
 ) -> str:
     """Log `model_dir` to a run as a pyfunc; with `registered_name` also as a new version of that registered model.
 
     example: uint8 [N, H, W], as `ConditionalSampler.predict` takes. Requirements are given, not guessed: guessing takes
-    MLflow half a minute. The package's own source goes along, so the model loads where it is not installed. The card is
-    the folder's README.md. Returns the model's URI.
+    MLflow half a minute. `with_code` sends the package's own source along, so that the model loads where it is not
+    installed. The card is the folder's README.md. Returns the model's URI.
     """
     client = open_client(uri)
     from mlflow import pyfunc
@@ -80,7 +81,7 @@ def log_model(
             mlflow_model=Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id),
             loader_module=loader_module,
             data_path=str(model_dir),
-            code_paths=[str(Path(__file__).resolve().parent.parent)],
+            code_paths=[str(Path(__file__).resolve().parent.parent)] if with_code else None,
             signature=ModelSignature(inputs=images, outputs=images, params=params),
             input_example=example,
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],

@@ -18,8 +18,8 @@ from raysyn.types import UserError
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # The thread below has its own patience; MLflow's default is seven tries of two minutes each.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    # A tracker's thread has its own patience; MLflow's default is seven tries of two minutes each.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -46,7 +46,8 @@ def artifact_location(uri: str, storage: str) -> str | None:
     if uri.startswith(("http://", "https://")):
         return None
     folder = _local_folder(storage)
-    return f"{storage.rstrip('/')}/mlartifacts" if folder is None else (folder / "mlartifacts").as_uri()
+    bucket = storage.partition("?")[0].rstrip("/")
+    return f"{bucket}/mlartifacts" if folder is None else (folder / "mlartifacts").as_uri()
 
 
 def ensure_database(uri: str) -> None:
@@ -70,9 +71,10 @@ def has_schema(uri: str) -> bool:
 
 
 def _local_folder(storage: str) -> Path | None:
-    if storage.startswith("file://"):
-        storage = storage.removeprefix("file://")
-    return None if "://" in storage else Path(storage).expanduser().resolve()
+    from raysyn.data.storage import Storage
+
+    place = Storage.at(storage)
+    return Path(place.path).resolve() if place.is_local else None
 
 
 def open_client(uri: str) -> Any:

@@ -47,14 +47,18 @@ def free_port(first: int = 5000) -> int:
     raise UserError(f"--port: nothing free from {first} to {first + 199}; give another")
 
 
-def start_server(uri: str, port: int, artifacts: str = "", log_file: str | Path | None = None) -> subprocess.Popen:
+def start_server(
+    uri: str, port: int, artifacts: str = "", log_file: str | Path | None = None, *, auth: bool = False
+) -> subprocess.Popen:
     """Start MLflow's server on 127.0.0.1:`port` over the database `uri`; end it with `stop_server`.
 
     `artifacts` (folder or s3:// address) makes it a proxy for the files of new experiments.
+    With `auth` users need a password (MLFLOW_AUTH_ADMIN_PASSWORD, MLFLOW_FLASK_SERVER_SECRET_KEY, MLFLOW_AUTH_CONFIG_PATH).
     """
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--artifacts-destination", artifacts] if artifacts else []
+    command += ["--app-name", "basic-auth"] if auth else []
     output = open(log_file, "wb") if log_file else subprocess.DEVNULL  # noqa: SIM115 - the child keeps it
     environment = {**SERVER_ENVIRONMENT, **os.environ}
     return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from raysyn.config import TrackingConfig
+from raysyn.report.figures import PALETTE
 from raysyn.report.table import COLUMNS, METRIC_NAMES, Row, is_generated, row_metrics, row_name
 from raysyn.tracking.places import open_client
 from raysyn.tracking.tracker import Tracker
@@ -45,12 +46,13 @@ def log_study(
         return 0
     tags = {**(tags or {}), "fingerprint": fingerprint}
     study = Tracker.start(config, storage, "study", params, {**tags, KIND_TAG: "study"}, key=f"{fingerprint}/study")
-    runs = []
+    runs: list[Tracker] = []
     for row in rows:
         own = {key: row[key] for key in ROW_PARAMS if row.get(key) not in (None, "")}
         name = row_name(row)
         control = row.get("trained_on") == "synthetic" and not is_generated(row)
-        kind = {KIND_TAG: "control" if control else "row"}
+        colour = PALETTE[len(runs) % len(PALETTE)]  # MLflow's own choice gives two runs one colour
+        kind = {KIND_TAG: "control" if control else "row", "mlflow.runColor": colour}
         run = Tracker.start(config, storage, name, own, {**tags, **kind}, key=f"{fingerprint}/{name}")
         run.log_metrics(row_metrics(row))
         runs.append(run)

@@ -24,6 +24,7 @@ from raysyn.tracking.places import artifact_location, experiment_id, git_commit,
 log = logging.getLogger("raysyn.tracking")
 
 METRICS_PER_BATCH, ITEMS_PER_BATCH = 1000, 100  # MLflow's own limits on one log_batch call
+AWAY_PATIENCE_S = 10.0  # how long `finish` waits for a server that does not answer
 KEY_TAG, PARENT_TAG = "raysyn.key", "mlflow.parentRunId"
 
 
@@ -163,7 +164,7 @@ class Tracker:
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> int:
         """Deliver what is queued, set the run's status (FINISHED, FAILED or KILLED) and stop. Returns what was dropped.
 
-        Waits at most `timeout_s`, and at most 10 s when the server was away the last time it was asked.
+        Waits at most `timeout_s`, and no longer than 10 s while the server is away.
         """
         if self._closing:
             return self.dropped
@@ -171,11 +172,12 @@ class Tracker:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        deadline = time.monotonic() + timeout_s
+        deadline, away_since = time.monotonic() + timeout_s, 0.0
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._thread.join(0.2)
-            if self._failures:
-                deadline = min(deadline, time.monotonic() + 10.0)
+            away_since = (away_since or time.monotonic()) if self._failures else 0.0
+            if away_since and time.monotonic() - away_since > AWAY_PATIENCE_S:
+                break
         with self._changed:
             self._off = True
             self._changed.notify()
@@ -299,6 +301,7 @@ class Tracker:
             return
         try:
             send()
+            self._failures = 0
         except Exception as error:  # a final one is counted and left; a passing one is for the next round
             if is_final(error):
                 self.dropped += len(entries)
