@@ -10,7 +10,7 @@ from raysyn.types import UserError
 
 REFERENCE_SIZE = 256  # `elastic_px` counts pixels of a picture of this size
 NUM_MODES = 3  # the elastic field's shortest wave is two thirds of the picture
-MIN_STRETCH = 0.35  # smallest local change of area by the elastic field, of the map's own: nothing folds
+MIN_STRETCH = 0.3  # the elastic field shrinks no direction by more than this factor: nothing folds
 _IS_STRUCTURE = np.isin(np.arange(5), (LV_CAVITY, MYOCARDIUM, LEFT_ATRIUM))
 
 
@@ -68,13 +68,14 @@ def _elastic(rng: np.random.Generator, peak_px: float, shape: tuple[int, int]) -
 
 
 def _unfolding(field: np.ndarray) -> float:
-    """The largest factor <= 1 (by steps of a tenth) with which identity + field keeps its area above MIN_STRETCH."""
+    """The largest factor <= 1 with which identity + field shrinks no direction below MIN_STRETCH of its length.
+
+    The symmetric part of its Jacobian then stays positive definite, and on a rectangle that makes the map one to one.
+    """
     step = max(1, min(field.shape[1:]) // 32)
     coarse = field[:, ::step, ::step]
     if min(coarse.shape[1:]) < 2:
         return 1.0
     (rr, rc), (cr, cc) = ([g / step for g in np.gradient(part)] for part in coarse)
-    for factor in np.linspace(1, 0.1, 10):
-        if ((1 + factor * rr) * (1 + factor * cc) - factor**2 * rc * cr).min() > MIN_STRETCH:
-            return float(factor)
-    return 0.0
+    smallest = 0.5 * (rr + cc) - np.hypot(0.5 * (rr - cc), 0.5 * (rc + cr))
+    return float(min(1.0, (1 - MIN_STRETCH) / max(-smallest.min(), 1e-9)))

@@ -22,7 +22,7 @@ PHANTOM_VERSION = 1  # raise it when the pictures change: it enters the fingerpr
 NUM_SAMPLES, NUM_BEAMS = 320, 144
 NUM_LOOKS = 2  # pictures compounded after compression, as scanners do
 MIN_SIZE, MAX_SIZE = 16, 1024
-FIELD_WIDTH, FIELD_HEIGHT = 1.3, 1.03  # of the depth
+FIELD_WIDTH, FIELD_HEIGHT = 1.34, 1.03  # of the depth
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Scanner:
 def draw_scanner(rng: np.random.Generator, deepest_mm: float) -> Scanner:
     """Draw a set-up that shows everything down to `deepest_mm`."""
     return Scanner(
-        half_angle=np.deg2rad(rng.uniform(34, 43)),
+        half_angle=np.deg2rad(rng.uniform(36.5, 43.5)),
         near_mm=rng.uniform(3, 7),
         far_mm=deepest_mm + rng.uniform(7, 26),
         shift=(rng.uniform(-0.01, 0.01), rng.uniform(0.005, 0.02)),
@@ -69,7 +69,7 @@ def _check(seed: int, patient: int, view: str, phase: str, image_size: int) -> N
         raise UserError(f"the phantom's seed and patient count from 0, not {seed} and {patient}")
 
 
-def _scene(seed: int, patient: int, view: str, phase: str) -> tuple[Heart, Scanner, Look]:
+def scene(seed: int, patient: int, view: str, phase: str) -> tuple[Heart, Scanner, Look]:
     """Anatomy, set-up and look; all but the phase's changes of the heart are shared by a view's ED and ES."""
     person = draw_patient(_generator(seed, patient))
     rng = _generator(seed, patient, 1 + view_index(view))
@@ -78,7 +78,7 @@ def _scene(seed: int, patient: int, view: str, phase: str) -> tuple[Heart, Scann
     return heart, draw_scanner(rng, heart.roof_mm), draw_look(rng)
 
 
-def _polar_picture(heart: Heart, scanner: Scanner, look: Look, key: tuple[int, ...]) -> np.ndarray:
+def polar_picture(heart: Heart, scanner: Scanner, look: Look, key: tuple[int, ...]) -> np.ndarray:
     """Grey levels in [0, 1] on the polar grid [NUM_SAMPLES, NUM_BEAMS]."""
     grid = PolarGrid.spanning(scanner.near_mm, scanner.far_mm, scanner.half_angle, NUM_SAMPLES, NUM_BEAMS)
     still, moving = _generator(*key[:3], 10), _generator(*key, 11)  # a view's unevenness; a frame's scatterers
@@ -136,14 +136,14 @@ def phantom_frame(seed: int, patient: int, view: str, phase: str, image_size: in
     """One frame, uint8 [image_size, image_size]; the same arguments give the same frame.
 
     Labels are those of `raysyn.labels.STRUCTURES`; in 4CH the right heart is in the image and not in the labels, as in
-    CAMUS. The image is 0 outside the sector; pixels are 1.26 times as wide as they are high (`spacing_mm`).
+    CAMUS. The image is 0 outside the sector; pixels are 1.3 times as wide as they are high (`spacing_mm`).
     Raises UserError for an unknown view or phase, an image size outside 16 to 1024, and a negative seed or patient.
     """
     _check(seed, patient, view, phase, image_size)
-    heart, scanner, look = _scene(seed, patient, view, phase)
+    heart, scanner, look = scene(seed, patient, view, phase)
     key = (seed, patient, 1 + view_index(view), PHASES.index(phase))
     labels = _label_map(heart, scanner, image_size)
-    grey = _picture(_polar_picture(heart, scanner, look, key), scanner, image_size)
+    grey = _picture(polar_picture(heart, scanner, look, key), scanner, image_size)
     image = np.where(labels != OUTSIDE, np.rint(255 * grey), 0).astype(np.uint8)
     patient_id = f"phantom-s{seed}-p{patient:05d}"
     spacing = (FIELD_HEIGHT * scanner.far_mm / image_size, FIELD_WIDTH * scanner.far_mm / image_size)

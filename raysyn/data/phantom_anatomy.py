@@ -65,7 +65,7 @@ class Heart:
     strands: list[Strand]
     blobs: list[tuple[float, float, float, float, float]]  # papillary muscles: x, z, half axes in mm, turn in radians
     bright_points: list[tuple[float, float]]  # hinges of the valves, the crux
-    roof_mm: float  # depth of the far wall of the atria
+    roof_mm: float  # depth of the far wall of the atria, the same at ED and ES
     rv: Star | None = None
     ra: Star | None = None
 
@@ -110,7 +110,7 @@ def build_heart(patient: Patient, pose: Pose, view: str, phase: str) -> Heart:
     epi = Star.around(pose.world(*_closed(outer_left, outer_right).T), centre)
     roof = patient.lv_length + patient.la_length * pose.la_size
     valve = (float(left[0, 1]), float(right[0, 1]))
-    la, la_left, roof_u = _left_atrium(patient, pose, systole, length, roof - length, valve)
+    la, la_left = _left_atrium(patient, pose, systole, length, roof - length, valve)
     heart = Heart(
         lv_endo=endo,
         lv_epi=Star(epi.centre, np.maximum(epi.radius, endo.radius)),
@@ -118,7 +118,7 @@ def build_heart(patient: Patient, pose: Pose, view: str, phase: str) -> Heart:
         strands=_mitral(pose, length, valve, phase),
         blobs=_papillary(pose, left, right, length),
         bright_points=[pose.point(length, valve[0] - 1.5), pose.point(length, valve[1] + 1.5)],
-        roof_mm=pose.point(roof, roof_u)[1],
+        roof_mm=pose.point(roof, pose.la_lean)[1],
     )
     if view != "4CH":
         return heart
@@ -160,8 +160,8 @@ def _outer(
 
 def _left_atrium(
     patient: Patient, pose: Pose, systole: float, top: float, length: float, valve: tuple[float, float]
-) -> tuple[Star, np.ndarray, float]:
-    """The atrium below the mitral plane (s = `top`), its left edge (s, u) from valve to roof, and u of its roof."""
+) -> tuple[Star, np.ndarray]:
+    """The atrium below the mitral plane (s = `top`), and its left edge (s, u) from valve to roof."""
     t = np.sin(np.linspace(0, np.pi / 2, 60))
     half = patient.la_half_width * pose.la_size * (1 + 0.08 * systole)
     neck = 0.48 * (valve[1] - valve[0])
@@ -170,7 +170,7 @@ def _left_atrium(
     s = top + length * t
     left, right = np.stack([s, middle - edge], 1), np.stack([s, middle + edge], 1)
     centre = pose.world(np.array(top + 0.45 * length), np.array(middle[0] + 0.4 * pose.la_lean))
-    return Star.around(pose.world(*_closed(left, right).T), centre), left, float(middle[-1])
+    return Star.around(pose.world(*_closed(left, right).T), centre), left
 
 
 def _mitral(pose: Pose, length: float, valve: tuple[float, float], phase: str) -> list[Strand]:

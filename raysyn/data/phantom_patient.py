@@ -89,11 +89,11 @@ def draw_pose(rng: np.random.Generator, view: str) -> Pose:
     """How a patient is seen in a view; in 4CH the ventricle lies right of the middle, to leave room for the right heart."""
     four = view == "4CH"
     return Pose(
-        apex=(rng.uniform(0, 8) if four else rng.uniform(-5, 8), rng.uniform(24, 31)),
-        tilt=rng.uniform(0.07, 0.19) if four else rng.uniform(-0.06, 0.17),
+        apex=(rng.uniform(-2, 5) if four else rng.uniform(-5, 6), rng.uniform(26, 33)),
+        tilt=rng.uniform(0.05, 0.15) if four else rng.uniform(-0.06, 0.14),
         width=rng.uniform(0.96, 1.04) if four else rng.uniform(0.98, 1.08),
         left=rng.uniform(0.86, 0.98) if four else rng.uniform(0.88, 1.04),
-        right=rng.uniform(1.0, 1.1) if four else rng.uniform(0.94, 1.08),
+        right=rng.uniform(0.98, 1.07) if four else rng.uniform(0.94, 1.08),
         bend_mm=rng.uniform(-2.0, 2.5),
         la_lean=rng.uniform(-7, 2) if four else rng.uniform(-5, 5),
         la_size=rng.uniform(0.94, 1.06),
@@ -102,7 +102,7 @@ def draw_pose(rng: np.random.Generator, view: str) -> Pose:
         tent_mm=rng.uniform(3, 8),
         open_mm=max(0.0, rng.uniform(-12, 8)),
         rv_size=rng.uniform(0.9, 1.12),
-        leaflets=(rng.uniform(-8, 5), rng.uniform(-13, 4)),
+        leaflets=(rng.uniform(-10, 4), rng.uniform(-14, 3)),
         band_db=rng.uniform(-24, -9),
         papillary=np.stack([rng.uniform(0.38, 0.55, 2), rng.uniform(0.8, 1.25, 2), rng.uniform(0, 1, 2)], axis=1),
     )

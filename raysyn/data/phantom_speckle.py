@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter1d, map_coordinates
 AXIAL_SIGMA = 1.6  # samples
 LATERAL_SIGMA = (1.5, 3.6)  # beams, in the focus and far from it
 SIDE_LOBE_SIGMA = 9.0  # beams
-SIDE_LOBE_LEVEL = 0.035
+SIDE_LOBE_LEVEL = 0.025
 MARGIN = 8  # samples
 FOCUS = 0.42  # of the depth
 DISPLAY_GAMMA = 1.4

@@ -40,7 +40,7 @@ def draw_look(rng: np.random.Generator) -> Look:
     """Draw a view's appearance, from good to poor picture quality."""
     poor = rng.beta(1.5, 2.5)
     return Look(
-        blood_db=rng.uniform(-31, -26) + 4 * poor,
+        blood_db=rng.uniform(-33, -28) + 5 * poor,
         right_haze_db=max(0.0, rng.uniform(-6, 6)),
         surround_db=rng.uniform(-12, -8),
         pericardium_db=rng.uniform(8, 13),
@@ -124,8 +124,9 @@ def tissue_levels(heart: Heart, grid: PolarGrid, look: Look, rng: np.random.Gene
     for blob in heart.blobs:
         _ellipse(level, cavity, grid, blob, -5.0 + 2 * texture.rough)
     points = [Strand(np.array([[x, z], [x + 0.1, z]]), 2.0, 4.0) for x, z in heart.bright_points]
+    shine = 3.0 * (texture.rough + texture.contact)
     for strand in heart.strands + points:
-        _draw_strand(level, grid, strand)
+        _draw_strand(level, grid, strand, shine)
     return level
 
 
@@ -144,13 +145,13 @@ def _surroundings(
     """
     facing = np.maximum(la_across * (grid.z > 0.6 * heart.roof_mm), 0.85 * lv_across)
     contrast = look.pericardium_db - look.surround_db
-    bright = contrast * (0.3 + 0.7 * facing**2) + 3.0 * texture.contact + 2.0 * texture.layers
+    bright = contrast * (0.15 + 0.85 * facing**2) + 3.0 * texture.contact + 2.0 * texture.layers
     bright = np.minimum(bright, contrast + 2.0)
     ring = np.exp(-(((outside - 2.2) / 1.7) ** 2))
     deep = np.clip(grid.z / heart.roof_mm - 0.55, 0, 0.4) / 0.4
     behind = deep * (0.75 * np.exp(-np.maximum(outside - 2.2, 0) / 10.0) + 0.1)
     level = look.surround_db + 1.2 * look.patch_db * texture.uneven + np.maximum(ring, behind) * bright
-    return level + 4.0 * np.maximum(texture.layers - 0.5, 0) - 8.0 * (1 - deep) * np.clip(outside / 10, 0, 1)
+    return level + 4.0 * np.maximum(texture.layers - 0.5, 0) - 6.5 * (1 - deep) * np.clip(outside / 10, 0, 1)
 
 
 def _ellipse(
@@ -171,8 +172,8 @@ def _rows(grid: PolarGrid, depth: float, reach: float) -> slice:
     return slice(int(low), int(high) + 1)
 
 
-def _draw_strand(level: np.ndarray, grid: PolarGrid, strand: Strand) -> None:
-    """Raise `level` to the strand's within its half-thickness, falling off softly over one more."""
+def _draw_strand(level: np.ndarray, grid: PolarGrid, strand: Strand, uneven: np.ndarray) -> None:
+    """Raise `level` to the strand's plus `uneven` within its half-thickness, falling off softly over one more."""
     for (x0, z0), (x1, z1) in zip(strand.points, strand.points[1:]):
         reach = 2.5 * strand.half_mm
         depths = np.hypot(x0, z0), np.hypot(x1, z1)
@@ -182,7 +183,7 @@ def _draw_strand(level: np.ndarray, grid: PolarGrid, strand: Strand) -> None:
         cx, cz = (x1 - x0) / length, (z1 - z0) / length
         along = np.clip(dx * cx + dz * cz, 0, length)
         distance = np.hypot(dx - along * cx, dz - along * cz)
-        value = strand.level_db - 9 * np.maximum(distance / strand.half_mm - 1, 0)
+        value = strand.level_db + uneven[rows] - 9 * np.maximum(distance / strand.half_mm - 1, 0)
         near = distance < reach
         level[rows][near] = np.maximum(level[rows][near], value[near])
 
