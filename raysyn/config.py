@@ -453,6 +453,5 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that name a result: sha256 of the canonical JSON of `parts` (dataclasses, containers, strings)."""
-    plain = [to_dict(p) if dataclasses.is_dataclass(p) else p for p in parts]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=to_dict)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

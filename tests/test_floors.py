@@ -12,16 +12,8 @@ FLOORS = {
     1: ("diffusion", "nets", "metrics"),
     2: ("data",),
     3: (
-        "models",
-        "tasks",
-        "training",
-        "training_state",
-        "training_batches",
-        "training_objectives",
-        "training_run",
-        "checkpoint",
-        "reference_format",
-        "pipeline",
+        *("models", "tasks", "checkpoint", "reference_format", "pipeline", "diffusers_pipeline"),
+        *("training", "training_state", "training_batches", "training_objectives", "training_run"),
     ),
     4: ("cluster", "tracking", "report"),
 }

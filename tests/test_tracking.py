@@ -377,3 +377,15 @@ def test_a_fitted_model_draws_images_through_mlflow(storage: str, tmp_path: Path
     assert np.array_equal(drawn, wanted)
     assert (drawn[:, :8] == 0).all(), "nothing outside the sector"
     assert drawn[:, 8:].std() > 1, "an unfitted net draws faint noise, not nothing"
+
+
+def test_a_study_waits_for_an_absent_server_once_not_once_a_row(server: Server) -> None:
+    server.away = True
+    rows = [
+        {"trained_on": "synthetic", "model": f"m{i}", "solver": "heun", "num_steps": 5, "mean_dice": 0.9}
+        for i in range(6)
+    ]
+    begun = time.monotonic()
+    dropped = log_study(TrackingConfig(uri="http://127.0.0.1:9"), "unused", rows, fingerprint="ab")
+    assert dropped >= 6 * 3, "of each row its metric, params and status"
+    assert time.monotonic() - begun < 30

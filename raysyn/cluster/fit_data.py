@@ -44,7 +44,7 @@ def frame_dataset(uri: str, split: str) -> Any:
     context.print_on_execution_start = False
     storage = Storage.at(uri)
     paths = [f"{s.path.rstrip('/')}/{name}" for s, name in frame_files(uri, split)]
-    frames = ray.data.read_parquet(paths, filesystem=storage.fs, columns=COLUMNS)
+    frames = ray.data.read_parquet(paths, filesystem=storage.fs).select_columns(COLUMNS)
     return frames.map_batches(_decode, batch_size=128, zero_copy_batch=True)
 
 

@@ -41,7 +41,7 @@ class _TorchBackend(Backend):
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, _join_group, rank=rank, timeout_s=backend_config.timeout_s, **arguments
+                    rank, _join_group, world_rank=rank, timeout_s=backend_config.timeout_s, **arguments
                 )
                 for rank in range(size)
             ]
@@ -66,13 +66,13 @@ def _free_address() -> tuple[str, int]:
         return address, probe.getsockname()[1]
 
 
-def _join_group(backend: str, rank: int, size: int, address: str, port: int, timeout_s: int) -> None:
+def _join_group(backend: str, world_rank: int, size: int, address: str, port: int, timeout_s: int) -> None:
     import datetime
 
     import torch.distributed as dist
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s))
+    dist.init_process_group(backend, rank=world_rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def _leave_group() -> None:

@@ -58,7 +58,7 @@ def diffusion_loss(
 
 
 def vlb_term(precondition: IDDPM, x0: Tensor, x: Tensor, denoised: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """L_vlb of each sample [B] in bits a dimension, times M: KL of the DDPM step, or the decoder's likelihood at the end.
+    """L_vlb of each sample [B] in bits a dimension, times M: KL of the step, or at the end the likelihood.
 
     Two Gaussians with means that mix x with x0 and with D by σ'²/σ², the variance of the second interpolated by v.
     """

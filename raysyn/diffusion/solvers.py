@@ -74,7 +74,7 @@ def solve_stochastic_heun(
 
 
 def solve_reference_heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
-    """For like-for-like runs only: the second evaluation is made at (x, σ) again, so this is Euler at twice the price."""
+    """For like-for-like runs only: the second evaluation is made at (x, σ) again: Euler at twice the price."""
     for sigma, lower in _levels(sigmas):
         slope = (x - denoise(x, _at(x, sigma))) / sigma
         euler = x + (lower - sigma) * slope

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from raysyn.report.ranks import claim_text, pareto_front, rank_correlation
-from raysyn.report.table import Row, is_generated, number, row_name, table_csv
+from raysyn.report.table import Row, is_generated, number, row_kind, row_name, table_csv
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
@@ -146,7 +146,7 @@ def _legend(axes: Any, rows: Sequence[Row], *, steps: bool, extra: Sequence[Any]
 
 def _ceiling(axes: Any, rows: Sequence[Row], key: str) -> list[Any]:
     """A dashed line at the ceiling's score (trained on real or phantom frames), its interval as a band."""
-    ceiling = next((r for r in rows if r.get("trained_on") not in ("synthetic", None) and number(r, key)), None)
+    ceiling = next((r for r in rows if row_kind(r) == "ceiling" and number(r, key) is not None), None)
     if ceiling is None:
         return []
     value = number(ceiling, key)

@@ -124,17 +124,11 @@ def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
                 f'<td class="{kind}" data-value="{_text(_sort_value(row, column))}">{_text(_shown(row, column))}'
                 f"{f'<small>{interval}</small>' if interval else ''}</td>"
             )
-        body.append(f'<tr class="{_row_kind(row)}">{"".join(cells)}</tr>')
+        body.append(f'<tr class="{row_kind(row)}">{"".join(cells)}</tr>')
     return (
         f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
-
-
-def _row_kind(row: Row) -> str:
-    if is_generated(row):
-        return "generated"
-    return "control" if row.get("trained_on") == "synthetic" else "ceiling"
 
 
 def _sort_value(row: Row, column: str) -> str:

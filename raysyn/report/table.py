@@ -70,9 +70,16 @@ def row_name(row: Row) -> str:
     return " ".join(str(p) for p in parts if p not in (None, "")) or str(row.get("trained_on", ""))
 
 
+def row_kind(row: Row) -> str:
+    """ "ceiling" (trained on real or phantom frames), "generated" (images that a sampler drew) or "control"."""
+    if row.get("trained_on") == "synthetic" and row.get("solver"):
+        return "generated"
+    return "control" if row.get("trained_on") in ("synthetic", "control", None) else "ceiling"
+
+
 def is_generated(row: Row) -> bool:
-    """The row is of images that a sampler drew: neither the ceiling (real or phantom frames) nor a control."""
-    return row.get("trained_on") == "synthetic" and bool(row.get("solver"))
+    """The row is of images that a sampler drew: neither the ceiling nor a control."""
+    return row_kind(row) == "generated"
 
 
 def row_metrics(row: Row) -> dict[str, float]:
@@ -177,6 +184,6 @@ def print_table(rows: Sequence[Row], title: str = "", width: int = 120) -> None:
     for i, row in enumerate(rows):
         cells = [display_cell(row, column) for column in COLUMNS]
         bold = [f"[bold]{cell}[/bold]" if i in best[column] else cell for cell, column in zip(cells, COLUMNS)]
-        last = i + 1 == len(rows) or is_generated(row) != is_generated(rows[i + 1])
+        last = i + 1 == len(rows) or row_kind(row) != row_kind(rows[i + 1])
         table.add_row(*bold, end_section=last)
     Console(width=width, highlight=False).print(table)

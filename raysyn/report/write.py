@@ -116,7 +116,7 @@ def write_pictures(folder: Path, samples: Samples) -> list[tuple[Path, str]]:
     made: list[tuple[Any, str, str]] = []
     if samples.source is not None and samples.sets:
         caption = "Frames that gave the masks, the masks after warping, and what each model made of them."
-        made.append((hero_picture(*samples.source, samples.sets), "hero", caption))
+        made.append((hero_picture(*samples.source, _one_a_model(samples.sets)), "hero", caption))
     if samples.source is not None:
         name, frames = samples.source
         made.append((sample_grid(frames), _file_name(name), f"{name}: training frames with their label maps."))
@@ -136,6 +136,12 @@ def write_pictures(folder: Path, samples: Samples) -> list[tuple[Path, str]]:
         picture.save(path, optimize=True)
         written.append((path, caption))
     return written
+
+
+def _one_a_model(sets: Mapping[str, FrameArrays]) -> dict[str, FrameArrays]:
+    """The last set of each model (a set is named model solver steps), controls left out unless there is nothing else."""
+    chosen = {name.split()[0]: name for name in sets if not name.startswith("control")}
+    return {name: sets[name] for name in chosen.values()} or dict(sets)
 
 
 def _file_name(name: str) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from raysyn.config import TrackingConfig
 from raysyn.report.figures import PALETTE
-from raysyn.report.table import COLUMNS, METRIC_NAMES, Row, is_generated, row_metrics, row_name
+from raysyn.report.table import COLUMNS, METRIC_NAMES, Row, row_kind, row_metrics, row_name
 from raysyn.tracking.places import open_client
 from raysyn.tracking.tracker import Tracker
 
@@ -50,16 +50,25 @@ def log_study(
     for row in rows:
         own = {key: row[key] for key in ROW_PARAMS if row.get(key) not in (None, "")}
         name = row_name(row)
-        control = row.get("trained_on") == "synthetic" and not is_generated(row)
         colour = PALETTE[len(runs) % len(PALETTE)]  # MLflow's own choice gives two runs one colour
-        kind = {KIND_TAG: "control" if control else "row", "mlflow.runColor": colour}
+        kind = {KIND_TAG: "control" if row_kind(row) == "control" else "row", "mlflow.runColor": colour}
         run = Tracker.start(config, storage, name, own, {**tags, **kind}, key=f"{fingerprint}/{name}")
         run.log_metrics(row_metrics(row))
         runs.append(run)
     if report_folder is not None:
         study.log_artifact(report_folder, "report")
     study.on_server("the study's view", _save_view)
-    return sum(run.finish() for run in [*runs, study])
+    return _finish_all([*runs, study])
+
+
+def _finish_all(runs: Sequence[Tracker]) -> int:
+    """Finish side by side: when the server is away, the whole study waits for it as long as one run would."""
+    for run in runs:
+        run.close()
+    dropped = 0
+    for run in runs:
+        dropped += run.finish(timeout_s=1.0 if dropped else 60.0)
+    return dropped
 
 
 def view_state() -> dict[str, Any]:

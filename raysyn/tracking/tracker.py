@@ -46,7 +46,7 @@ class Tracker:
         self._calls: deque[tuple[str, Callable[[Any, str], None]]] = deque()
         self._changed = threading.Condition()
         self._connected = threading.Event()
-        self._closing = self._off = self._warned = False
+        self._closing = self._finished = self._off = self._warned = False
         self._failures = 0
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
@@ -166,12 +166,10 @@ class Tracker:
 
         Waits at most `timeout_s`, and no longer than 10 s while the server is away.
         """
-        if self._closing:
+        if self._finished:
             return self.dropped
-        self.on_server("status", lambda client, run_id: client.set_terminated(run_id, status))
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._finished = True
+        self.close(status)
         deadline, away_since = time.monotonic() + timeout_s, 0.0
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._thread.join(0.2)
@@ -185,6 +183,15 @@ class Tracker:
         if self.dropped:
             log.warning("tracking: %d entries of run %s did not reach %s", self.dropped, self._run["name"], self.uri)
         return self.dropped
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Take nothing more and deliver what is queued; does not wait. `finish` does both."""
+        if self._closing:
+            return
+        self.on_server("status", lambda client, run_id: client.set_terminated(run_id, status))
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
 
     def __enter__(self) -> Tracker:
         return self
@@ -314,7 +321,7 @@ class Tracker:
 
 class _Disabled(Tracker):
     def __init__(self) -> None:
-        self.run_id, self.dropped, self._closing = None, 0, True
+        self.run_id, self.dropped, self._closing, self._finished = None, 0, True, True
 
     def wait_run_id(self, timeout_s: float = 60.0) -> str | None:
         return None

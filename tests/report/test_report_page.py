@@ -14,6 +14,7 @@ from raysyn.labels import COLOURS
 from raysyn.report import Samples, publish, write_report
 from raysyn.report.figures import cost_bars, cost_figure, curve_figure, model_colours, realism_figure, save_figure
 from raysyn.report.grids import GAP, MARGIN, hero_picture, sample_grid, spread, tile_rows, worst_pairs
+from raysyn.report.write import write_pictures
 from raysyn.types import FrameArrays
 
 
@@ -217,6 +218,15 @@ def test_the_hero_shares_a_mask_only_where_it_is_the_same() -> None:
     assert tall({"a": one, "c": other}) == 5, "c has masks of its own"
     orphan = frames(4, "a", ["elsewhere"] * 4)
     assert tall({"a": orphan}) == 2, "no frame is shown that did not give the mask"
+
+
+def test_the_hero_has_one_set_a_model_and_no_controls(tmp_path: Path) -> None:
+    source = frames(4)
+    made = frames(4, "s", source.frame_id, shift=1)
+    names = ("edm heun 5", "edm heun 8", "vp heun 8", "control prior")
+    (path, _), *_ = write_pictures(tmp_path, Samples(("phantom", source), dict.fromkeys(names, made)))
+    assert path.name == "hero.png"
+    assert (Image.open(path).height - 2 * MARGIN + GAP) // (144 + GAP) == 4, "frame, mask, edm, vp"
 
 
 def test_worst_pairs_come_first() -> None:

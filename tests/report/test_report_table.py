@@ -15,6 +15,7 @@ from raysyn.report.table import (
     interval_text,
     number,
     print_table,
+    row_kind,
     row_metrics,
     row_name,
     write_tables,
@@ -93,6 +94,11 @@ def test_the_best_generated_row_is_marked_and_ties_with_it() -> None:
     assert best_rows(ROWS, "seconds_per_image") == {1}
     assert best_rows(ROWS, "model") == set()
     assert best_rows(ROWS[:2], "mean_dice") == set(), "one row has nothing to be compared with"
+
+
+def test_kinds_of_rows() -> None:
+    kinds = [row_kind(r) for r in [*ROWS, {**CONTROL, "trained_on": "control"}, {"trained_on": "real"}]]
+    assert kinds == ["ceiling", "generated", "generated", "control", "control", "ceiling"]
 
 
 def test_cells_read_well() -> None:

@@ -1,0 +1,393 @@
+"""Published checkpoints, written here byte for byte as the reference pickles them, read back and compared with a naive
+functional network that is written from REFERENCE's text alone."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import struct
+import sys
+import types
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from raysyn.checkpoint import import_reference
+from raysyn.nets.unet import SemanticUNet
+from raysyn.types import UserError
+
+SMALL = {
+    "adm": dict(channel_multipliers=(1, 2), num_blocks=2, attention_resolutions=(8,), channels_per_head=16),
+    "ddpmpp": dict(channel_multipliers=(2, 2), num_blocks=1, attention_resolutions=(16,)),
+    "ncsnpp": dict(channel_multipliers=(2, 2), num_blocks=1, attention_resolutions=(16,)),
+}
+CLASSES = {
+    "adm": ("EDMPrecond", "DhariwalUNet"),
+    "ddpmpp": ("VPPrecond", "SongUNet"),
+    "ncsnpp": ("VEPrecond", "SongUNet"),
+}
+
+
+def small_net(arch: str, **more) -> SemanticUNet:
+    torch.manual_seed(0)
+    net = SemanticUNet(16, arch=arch, base_channels=32, spade_hidden=8, dropout=0.1, **{**SMALL[arch], **more}).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p) * 0.2 if p.dim() > 1 else torch.randn_like(p) * 0.1 + 0.5)
+    return net
+
+
+# --- a writer of the format --------------------------------------------------------------------------------------
+
+
+class Persistent:
+    """Pickles as the reference's classes do: a call of _reconstruct_persistent_obj on a dict."""
+
+    def __init__(self, class_name: str, state: dict) -> None:
+        self.class_name, self.state = class_name, state
+
+    def __reduce__(self):
+        meta = dict(
+            type="class", version=6, module_src="raise SystemExit('ran the source')", class_name=self.class_name
+        )
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, ({**meta, "state": self.state},)
+
+
+@pytest.fixture(autouse=True)
+def reference_modules(monkeypatch: pytest.MonkeyPatch):
+    """Modules of the reference's names, for the writer only."""
+    names = ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
+    made = {name: types.ModuleType(name) for name in names}
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("the reader must not call this")
+
+    class EasyDict(dict):
+        pass
+
+    for value, home in ((_reconstruct_persistent_obj, "torch_utils.persistence"), (EasyDict, "dnnlib.util")):
+        value.__module__, value.__qualname__ = home, value.__name__
+        setattr(made[home], value.__name__, value)
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def module_tree(tensors: dict[str, torch.Tensor], class_of, constants) -> Persistent:
+    """Nested module states from dotted names, parameters and buffers where torch keeps them."""
+
+    def node(prefix: str, names: list[str]):
+        own = {n: tensors[prefix + n] for n in names if "." not in n}
+        children = OrderedDict()
+        for child in dict.fromkeys(n.split(".")[0] for n in names if "." in n):
+            rest = [n.split(".", 1)[1] for n in names if n.startswith(child + ".")]
+            children[child] = node(f"{prefix}{child}.", rest)
+        buffers = {k: v for k, v in own.items() if k in ("freqs", "resample_filter")}
+        parameters = {k: torch.nn.Parameter(v) for k, v in own.items() if k not in buffers}
+        state = dict(training=False, _parameters=OrderedDict(parameters), _buffers=OrderedDict(buffers))
+        state |= dict(_modules=children, _forward_hooks=OrderedDict(), **constants(prefix))
+        kind = class_of(prefix)
+        if isinstance(kind, str):
+            return Persistent(kind, state)
+        shell = kind.__new__(kind)
+        shell.__dict__.update(state)
+        return shell
+
+    return node("", list(tensors))
+
+
+def write_checkpoint(path: Path, net: SemanticUNet, protocol: int = 4, **root) -> None:
+    precond, unet = CLASSES[net.config.arch]
+
+    def class_of(prefix: str):
+        if prefix == "":
+            return precond
+        if prefix == "model.":
+            return unet
+        if prefix in ("model.enc.", "model.dec."):
+            return torch.nn.ModuleDict
+        if prefix.endswith("mlp_shared."):
+            return torch.nn.Sequential
+        return "UNetBlock" if "norm" not in prefix and "conv" not in prefix else "Conv2d"
+
+    def constants(prefix: str) -> dict:
+        if prefix == "":
+            return dict(img_resolution=16, img_channels=1, label_dim=0, sigma_data=np.float64(0.5), **root)
+        return dict(num_heads=2) if "in0" in prefix and prefix.endswith("in0.") else dict(embedding=3)
+
+    tensors = {f"model.{k}": v for k, v in net.state_dict().items()}
+    tensors["model.enc.8x8_down.conv0.resample_filter"] = torch.ones(1, 1, 2, 2) / 4
+    easy = sys.modules["dnnlib.util"].EasyDict(class_name="training.loss.EDMLoss")
+    content = dict(ema=module_tree(tensors, class_of, constants), loss_fn=None, augment_pipe=None, dataset_kwargs=easy)
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+
+
+# --- a naive network from the text ---------------------------------------------------------------------------------
+
+
+class Naive:
+    """REFERENCE, "The U-Net to the letter", over a state dict; no module of ours."""
+
+    def __init__(self, w: dict[str, torch.Tensor], arch: str, heads) -> None:
+        self.w, self.arch, self.heads = w, arch, heads
+        self.adm = arch == "adm"
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0] if arch == "ncsnpp" else [1.0, 1.0])
+        self.filter = (taps.outer(taps) / taps.sum() ** 2)[None, None]
+        self.pad = (len(taps) - 1) // 2
+        self.scale = 1.0 if self.adm else math.sqrt(0.5)
+
+    def resample(self, x, up=False, down=False, pad=None):
+        c = x.shape[1]
+        pad = self.pad if pad is None else pad
+        if up:
+            return F.conv_transpose2d(x, (4 * self.filter).repeat(c, 1, 1, 1), groups=c, stride=2, padding=pad)
+        return F.conv2d(x, self.filter.repeat(c, 1, 1, 1), groups=c, stride=2, padding=pad) if down else x
+
+    def conv(self, name, x, up=False, down=False):
+        weight = self.w.get(f"{name}.weight")
+        x = self.resample(x, up, down)
+        return x if weight is None else F.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def norm(self, name, x, m):
+        groups = min(32, x.shape[1] // 4)
+        if f"{name}.mlp_gamma.weight" not in self.w:
+            return F.group_norm(x, groups, self.w[f"{name}.weight"], self.w[f"{name}.bias"], 1e-5 if self.adm else 1e-6)
+        n = F.group_norm(x, groups, self.w[f"{name}.norm.weight"], self.w[f"{name}.norm.bias"], 1e-5)
+        small = F.interpolate(m, size=x.shape[2:], mode="nearest")
+        h = torch.relu(self.conv(f"{name}.mlp_shared.0", small))
+        return n * (1 + self.conv(f"{name}.mlp_gamma", h)) + self.conv(f"{name}.mlp_beta", h)
+
+    def block(self, name, x, emb, m, up=False, down=False):
+        h = self.conv(f"{name}.conv0", F.silu(self.norm(f"{name}.norm0", x, m)), up, down)
+        p = F.linear(emb, self.w[f"{name}.affine.weight"], self.w[f"{name}.affine.bias"])[:, :, None, None]
+        if self.adm:
+            scale, shift = p.chunk(2, dim=1)
+            h = F.silu(shift + self.norm(f"{name}.norm1", h, m) * (1 + scale))
+        else:
+            h = F.silu(self.norm(f"{name}.norm1", h + p, m))
+        h = (self.conv(f"{name}.conv1", h) + self.conv(f"{name}.skip", x, up, down)) * self.scale
+        if f"{name}.qkv.weight" not in self.w:
+            return h
+        b, c, height, width = h.shape
+        n = self.heads(c)
+        qkv = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", h, m)).reshape(b * n, c // n, 3, -1)
+        q, k, v = qkv.unbind(2)
+        a = torch.softmax(torch.einsum("ncq,nck->nqk", q, k) / math.sqrt(c // n), dim=2)
+        a = torch.einsum("nqk,nck->ncq", a, v).reshape(h.shape)
+        return (self.conv(f"{name}.proj", a) + h) * self.scale
+
+    def embed(self, c_noise, width):
+        half = width // 2
+        if self.arch == "ncsnpp":
+            angle = c_noise[:, None] * 2 * math.pi * self.w["map_noise.freqs"]
+        else:
+            i = torch.arange(half)
+            angle = c_noise[:, None] * (1 / 10000) ** (i / (half if self.adm else half - 1))
+        e = torch.cat([angle.cos(), angle.sin()], 1)
+        e = e if self.adm else torch.cat([e[:, half:], e[:, :half]], 1)
+        for layer in ("map_layer0", "map_layer1"):
+            e = F.silu(F.linear(e, self.w[f"{layer}.weight"], self.w[f"{layer}.bias"]))
+        return e
+
+    def __call__(self, x, c_noise, m, blocks):
+        emb = self.embed(c_noise, self.w["map_layer0.weight"].shape[1])
+        pyramid, skips = x, []
+        x = self.conv("enc.16x16_conv", x)
+        skips.append(x)
+        for i in range(blocks):
+            x = self.block(f"enc.16x16_block{i}", x, emb, m)
+            skips.append(x)
+        x = self.block("enc.8x8_down", x, emb, m, down=True)
+        if self.arch == "ncsnpp":
+            weight, bias = self.w["enc.8x8_aux_residual.weight"], self.w["enc.8x8_aux_residual.bias"]
+            pyramid = self.resample(F.conv2d(pyramid, weight, bias, padding=1 + self.pad), down=True, pad=0)
+            x = (x + pyramid) / math.sqrt(2)
+        skips.append(x)
+        for i in range(blocks):
+            x = self.block(f"enc.8x8_block{i}", x, emb, m)
+            skips.append(x)
+        x = self.block("dec.8x8_in1", self.block("dec.8x8_in0", x, emb, m), emb, m)
+        for i in range(blocks + 1):
+            x = self.block(f"dec.8x8_block{i}", torch.cat([x, skips.pop()], 1), emb, m)
+        x = self.block("dec.16x16_up", x, emb, m, up=True)
+        for i in range(blocks + 1):
+            x = self.block(f"dec.16x16_block{i}", torch.cat([x, skips.pop()], 1), emb, m)
+        norm, conv = ("out_norm", "out_conv") if self.adm else ("dec.16x16_aux_norm", "dec.16x16_aux_conv")
+        return self.conv(conv, F.silu(self.norm(norm, x, m)))
+
+
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 1, 16, 16, generator=g)
+    m = F.one_hot(torch.randint(0, 10, (2, 32, 32), generator=g), 10).permute(0, 3, 1, 2).float()
+    return x, torch.tensor([0.7, 3.1]), m
+
+
+@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_an_imported_network_equals_the_text(arch: str, protocol: int, tmp_path: Path) -> None:
+    net = small_net(arch)
+    write_checkpoint(tmp_path / "network.pkl", net, protocol)
+    denoiser = import_reference(tmp_path / "network.pkl")
+    x, sigma, m = inputs()
+    c_skip, c_out, c_in, c_noise = denoiser.precondition.coefficients(sigma)
+    heads = (lambda c: c // 32) if arch == "adm" else (lambda c: 1)  # the file says 2 heads of 64 channels
+    naive = Naive(net.state_dict(), arch, heads)
+    with torch.no_grad():
+        f = naive(c_in.reshape(-1, 1, 1, 1) * x, c_noise, m, SMALL[arch]["num_blocks"])
+        expected = c_skip.reshape(-1, 1, 1, 1) * x + c_out.reshape(-1, 1, 1, 1) * f
+        found = denoiser(x, sigma, m)
+    assert type(denoiser.precondition).__name__ == CLASSES[arch][0].removesuffix("Precond")
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_bare_state_dict_is_accepted(tmp_path: Path) -> None:
+    net = small_net("adm", channels_per_head=64, learned_variance=True)
+    torch.save({f"model.{k}": v for k, v in net.state_dict().items()}, tmp_path / "weights.pt")
+    denoiser = import_reference(tmp_path / "weights.pt")
+    x, sigma, m = inputs()
+    assert denoiser.net.config.learned_variance
+    assert type(denoiser.precondition).__name__ == "IDDPM"
+    with torch.no_grad():
+        assert torch.equal(denoiser.net(x, sigma, m), net(x, sigma, m))
+
+
+class Evil:
+    def __init__(self, function, *args) -> None:
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (Evil(__import__("os").system, "touch pwned"), "posix.system"),
+        (Evil(eval, "1+1"), "builtins.eval"),
+        (Evil(getattr, {}, "get"), "builtins.getattr"),
+        (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+        (Evil(torch.load, "x"), "torch.serialization.load"),
+        (Path("x"), "pathlib"),
+        ({(1, 2): 3}, "dict key"),
+        ({(1, 2)}, "a set of something else"),
+        (frozenset({1}), "pickle instruction"),
+        (bytearray(b"x"), "pickle instruction|bytearray"),
+        ({"ema": 3}, "neither a network"),
+        ([1, 2], "neither a network"),
+    ],
+)
+def test_what_is_not_the_format_is_refused_by_name(value, says: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"ema": value} if says != "neither a network" else value, 5))
+    with pytest.raises(UserError, match=says) as caught:
+        import_reference(tmp_path / "evil.pkl")
+    assert "evil.pkl" in str(caught.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_tensors_cannot_claim_more_than_their_storage(tmp_path: Path) -> None:
+    class Claim:
+        def __init__(self, size, stride, offset=0) -> None:
+            self.args = (
+                torch.storage.TypedStorage(
+                    wrap_storage=torch.tensor([1.0, 2.0]).untyped_storage(), dtype=torch.float32, _internal=True
+                ),
+                offset,
+                size,
+                stride,
+                False,
+                OrderedDict(),
+            )
+
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, self.args
+
+    for size, stride, offset in (((10**6, 10**6), (0, 0), 0), ((2,), (5,), 0), ((2,), (1,), 7), ((-1,), (1,), 0)):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": Claim(size, stride, offset)}))
+        with pytest.raises(UserError, match="refused: a tensor"):
+            import_reference(tmp_path / "x.pkl")
+
+
+def test_cycles_and_depth_end_in_an_error(tmp_path: Path) -> None:
+    state: dict = dict(_parameters={}, _buffers={})
+    loop = Persistent("EDMPrecond", state)
+    state["_modules"] = {"model": Persistent("DhariwalUNet", dict(_modules={"enc": torch.nn.ReLU()}))}
+    inner = torch.nn.Sequential()
+    inner.__dict__["_modules"] = {"again": inner}
+    state["_modules"]["loop"] = inner
+    (tmp_path / "loop.pkl").write_bytes(pickle.dumps({"ema": loop}))
+    with pytest.raises(UserError, match="nested without end"):
+        import_reference(tmp_path / "loop.pkl")
+    (tmp_path / "deep.pkl").write_bytes(b"\x80\x04" + b"(" * 100_000 + b".")
+    with pytest.raises(UserError):
+        import_reference(tmp_path / "deep.pkl")
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory) -> bytes:
+    names = ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
+    path = tmp_path_factory.mktemp("reference") / "network.pkl"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+
+        def _reconstruct_persistent_obj(meta):
+            raise AssertionError
+
+        class EasyDict(dict):
+            pass
+
+        for value, home in ((_reconstruct_persistent_obj, "torch_utils.persistence"), (EasyDict, "dnnlib.util")):
+            value.__module__, value.__qualname__ = home, value.__name__
+            setattr(sys.modules[home], value.__name__, value)
+        write_checkpoint(path, small_net("adm", num_blocks=1))
+    return path.read_bytes()
+
+
+def outcome(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+    try:
+        import_reference(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damaged_files_end_in_a_clear_error(data, whole_file: bytes, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "network.pkl"
+    how = data.draw(st.sampled_from(["cut", "flip", "insert", "opcode"]))
+    place = data.draw(st.integers(0, len(whole_file) - 1) | st.integers(0, 4000))
+    if how == "cut":
+        changed = whole_file[:place]
+    elif how == "flip":
+        changed = whole_file[:place] + bytes([data.draw(st.integers(0, 255))]) + whole_file[place + 1 :]
+    elif how == "insert":
+        changed = whole_file[:place] + data.draw(st.binary(min_size=1, max_size=12)) + whole_file[place:]
+    else:
+        codes = [getattr(pickle, k)[:1] for k in dir(pickle) if k.isupper() and isinstance(getattr(pickle, k), bytes)]
+        changed = whole_file[:place] + data.draw(st.sampled_from([c for c in codes if c])) + whole_file[place:]
+    outcome(changed, path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300))
+def test_noise_is_no_checkpoint(data: bytes) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(UserError):
+        Path(folder, "x.pkl").write_bytes(data)
+        import_reference(Path(folder, "x.pkl"))
+
+
+def test_huge_lengths_do_not_allocate(tmp_path: Path) -> None:
+    for code in (pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME, pickle.BYTEARRAY8):
+        (tmp_path / "x.pkl").write_bytes(b"\x80\x05" + code + struct.pack("<Q", 1 << 40) + b"xx.")
+        with pytest.raises(UserError):
+            import_reference(tmp_path / "x.pkl")
