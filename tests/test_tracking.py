@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from raysyn.config import CompareJob, TrackingConfig, to_dict
-from raysyn.tracking import Tracker, ensure_database, flatten, git_commit, tracker, tracking_uri
+from raysyn.tracking import Tracker, ensure_database, flatten, git_commit, log_study, tracker, tracking_uri
 from raysyn.tracking.__main__ import main
 from raysyn.tracking.entries import MAX_KEY, MAX_VALUE, is_final
 from raysyn.tracking.model import log_model

@@ -18,8 +18,8 @@ from raysyn.report.table import (
     display_cell,
     full_columns,
     interval_text,
-    is_generated,
     number,
+    row_kind,
 )
 
 STYLE = """
