@@ -1,0 +1,218 @@
+"""Fits that are killed for real: worker, controller, driver, SIGTERM. Each ends with the undisturbed run's loss curve."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raysyn.cluster.fit import fit, fit_fingerprint
+from raysyn.cluster.inputs import prepare, prepare_fingerprint
+from raysyn.cluster.session import ray_session
+from raysyn.compose import load_job
+from raysyn.config import FitJob, PrepareJob, RayConfig
+from raysyn.types import Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+OVERRIDES = [
+    "scale=demo",
+    "model=edm",
+    "data.num_train_patients=3",
+    "data.num_validation_patients=1",
+    "data.num_test_patients=1",
+    "ray.num_cpus=2",
+    "ray.object_store_mb=128",
+    "workers.cpus_per_worker=0.5",
+    f"model.fit.num_images={4 * STEPS}",
+    "model.fit.global_batch=4",
+    "model.fit.micro_batch=4",
+    "model.fit.amp=none",
+    "model.fit.num_validation_images=4",
+    "model.fit.checkpoint_every_steps=6",
+    "model.fit.validate_every_steps=20",
+    "tracking.enabled=false",
+]
+PATIENCE = 400.0
+
+
+def config_at(storage: Path) -> FitJob:
+    config: FitJob = load_job("fit", [*OVERRIDES, f"storage={storage}"])
+    return config
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A storage with prepared frames; Ray runs in this process."""
+    path = tmp_path_factory.mktemp("prepared")
+    with ray_session(RayConfig(num_cpus=2, object_store_mb=128)):
+        config = config_at(path)
+        prepare(PrepareJob(**{f.name: getattr(config, f.name) for f in dataclasses.fields(PrepareJob)}))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The loss curve of the same fit without Ray and without a disturbance."""
+    from raysyn.cluster.fit_build import WorkerJob, build
+    from raysyn.data.storage import Storage
+    from raysyn.diffusion.ema import EMA
+    from raysyn.training import Parallel, build_optimizer
+    from raysyn.training_run import run
+    from raysyn.training_state import CheckpointStore, TrainState
+
+    torch.set_num_threads(1)
+    config = config_at(prepared)
+    path = tmp_path_factory.mktemp("undisturbed")
+    frames = f"{prepared}/prepare/{prepare_fingerprint(config)}"
+    job = WorkerJob(config, "diffusion", "key", str(path), frames)
+    built = build(job, Parallel())
+    model = built.objective.model
+    state = TrainState(model, build_optimizer(model, job.fit), EMA(model, job.fit.ema_half_life_images))
+    assert run(state, built.objective, job.fit, CheckpointStore(Storage.at(path), "key", 2))
+    assert len(state.progress.losses) == STEPS
+    return {"loss": state.progress.losses, "validation": state.progress.validations}
+
+
+def own_storage(prepared: Path, path: Path) -> Path:
+    """A storage of a drill's own with the frames already there."""
+    shutil.copytree(prepared / "prepare", path / "prepare")
+    return path
+
+
+def stage_of(storage: Path) -> Path:
+    config = config_at(storage)
+    return storage / "fit" / fit_fingerprint(config, prepare_fingerprint(config))
+
+
+def newest_step(stage: Path) -> int:
+    marks = (stage / "checkpoints").glob("step-*/checkpoint.json")
+    return max((int(m.parent.name.removeprefix("step-")) for m in marks), default=0)
+
+
+def wait_until(condition: Callable[[], Any], what: str, alive: Callable[[], bool] = lambda: True) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        assert alive(), f"ended before: {what}"
+        time.sleep(0.05)
+    raise AssertionError(f"waited {PATIENCE:.0f} s for: {what}")
+
+
+def check_curve(stage: Path, undisturbed: dict[str, Any]) -> None:
+    """Every step's loss is there once and equals the undisturbed run's: no image twice, none missed."""
+    history = json.loads((stage / "history.json").read_text())
+    assert len(history["loss"]) == STEPS
+    assert np.allclose(history["loss"], undisturbed["loss"], rtol=0, atol=1e-6)
+    assert np.allclose(history["validation"], undisturbed["validation"], rtol=0, atol=1e-6)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`, from /proc."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it may just have ended
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found, below = [], [pid]
+    while below:
+        below = [p for p, parent in parents.items() if parent in below]
+        found += below
+    return found
+
+
+def ray_process(name: str) -> int:
+    """The one process of the Ray that this test started which Ray calls `name`."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith(name):
+                found.append(pid)
+    assert len(found) == 1, f"{name}: {found}"
+    return found[0]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_kill_of_worker_and_of_controller(prepared: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    storage = own_storage(prepared, tmp_path)
+    stage, outcome = stage_of(storage), {}
+
+    def work() -> None:
+        try:
+            outcome["done"] = fit(config_at(storage))
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    wait_until(lambda: newest_step(stage) >= 6, "first checkpoint", thread.is_alive)
+    os.kill(ray_process("ray::RayTrainWorker"), signal.SIGKILL)
+    at = newest_step(stage)
+    wait_until(lambda: newest_step(stage) > at, "a checkpoint after the worker's death", thread.is_alive)
+    os.kill(ray_process("ray::TrainController"), signal.SIGKILL)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    if "error" in outcome:
+        raise outcome["error"]
+    done: Outcome = outcome["done"]
+    assert done.path == str(stage)
+    check_curve(stage, undisturbed)
+    assert done.manifest["images_seen"] == 4 * STEPS
+
+
+def start_job(storage: Path, log: Path) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_TRAIN")}
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, "jobs/fit.py", *OVERRIDES, f"storage={storage}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_sigterm_then_kill_of_the_driver(prepared: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    storage, log = own_storage(prepared, tmp_path), tmp_path / "log"
+    stage = stage_of(storage)
+    first = start_job(storage, log)
+    wait_until(lambda: newest_step(stage) >= 6, "first checkpoint", lambda: first.poll() is None)
+    first.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert first.wait(PATIENCE) == 0, log.read_text()
+    assert "resumable" in log.read_text()
+    assert time.monotonic() - asked < 60
+    stopped_at = newest_step(stage)
+    assert 6 < stopped_at < STEPS, "a checkpoint was written on request"
+    assert not (stage / "manifest.json").exists()
+
+    second = start_job(storage, log)
+    wait_until(lambda: newest_step(stage) > stopped_at, "a checkpoint of the second run", lambda: second.poll() is None)
+    below = descendants(second.pid)
+    second.send_signal(signal.SIGKILL)
+    second.wait(30)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the end of the killed driver's Ray")
+    assert newest_step(stage) < STEPS
+
+    third = start_job(storage, log)
+    assert third.wait(PATIENCE) == 0, log.read_text()
+    check_curve(stage, undisturbed)
+    fourth = start_job(storage, log)
+    assert fourth.wait(PATIENCE) == 0
+    assert "already there" in log.read_text()
