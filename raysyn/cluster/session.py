@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 from raysyn.config import RayConfig
@@ -86,6 +88,17 @@ def _join(address: str) -> None:
 
 
 @contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's SIGTERM handler: joining Ray replaces it by one that aborts."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Ray for the block: the one already joined, else `config.address` or RAY_ADDRESS, else a local one of our own.
 
@@ -99,10 +112,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    if address:
-        _join(address)
-    else:
-        _start_local(config)
+    with _own_sigterm():
+        if address:
+            _join(address)
+        else:
+            _start_local(config)
     try:
         yield
     finally:
