@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import os
 import threading
-import time
 from typing import Any
 
 from raysyn.cluster.board import watch
@@ -182,6 +181,7 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
     import ray
 
     outcome: dict[str, Any] = {}
+    ended = threading.Event()  # not Thread.join: an exception that a signal raises within it marks the thread as ended
 
     def attempt() -> None:
         for remaining in reversed(range(max(config.workers.max_failures, 0) + 1)):
@@ -197,26 +197,25 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
                 outcome["error"] = error
                 return
 
-    thread = threading.Thread(target=attempt, name="ray-train", daemon=True)
-    thread.start()
+    def work() -> None:
+        try:
+            attempt()
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not ended.wait(0.2):
+            pass
     except (Resumable, KeyboardInterrupt):
-        _stop(stage, thread)
+        # Ask the workers for a checkpoint and give them the grace period to write it.
+        stage.storage.write_atomic("stop", b"")
+        ended.wait(GRACE_SECONDS)
         raise
     if "error" in outcome:
         raise outcome["error"]
     report: dict[str, Any] = outcome["report"]
     return report
-
-
-def _stop(stage: StageDir, thread: threading.Thread) -> None:
-    """Ask the workers for a checkpoint and give them the grace period to write it."""
-    stage.storage.write_atomic("stop", b"")
-    deadline = time.monotonic() + GRACE_SECONDS
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(0.2)
 
 
 def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple[str, ...]) -> Any:
