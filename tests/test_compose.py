@@ -30,6 +30,7 @@ def test_model_name_is_all_that_a_user_changes(name: str) -> None:
     assert model.name == name
     assert (model.space == "latent") == name.startswith("edm_l")
     assert model.latent_downscale == {"edm_l128": 2, "edm_l64": 4}.get(name, 1)
+    assert load_model(name, "demo").latent_downscale == model.latent_downscale
 
 
 def test_compare_takes_all_models_or_some() -> None:

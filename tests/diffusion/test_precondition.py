@@ -239,7 +239,7 @@ def test_cached_modulations_change_no_bit_and_any_budget_is_kept(demo) -> None:
 
 
 def test_guidance_of_one_is_no_guidance_and_its_interval_bounds_it(demo) -> None:
-    config, denoiser, one_hot = demo
+    _, denoiser, one_hot = demo
 
     def draw(**options):
         return generate(denoiser, one_hot, [1, 2, 3], SamplerConfig(num_steps=4, **options), shape=(1, 32, 32))

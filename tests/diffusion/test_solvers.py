@@ -1,6 +1,7 @@
 """Solvers against closed forms: the denoiser of Gaussian data is known, and so is where the ODE ends."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def orders(solve, start, grid, **kw) -> list[float]:
         float((solve(gaussian, start, grid(n, sigma_min=LOW, sigma_max=HIGH), **kw) - ode_end(start, HIGH)).abs().max())
         for n in (32, 64, 128)
     ]
-    return [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    return [math.log2(a / b) for a, b in pairwise(errors)]
 
 
 @pytest.mark.parametrize(

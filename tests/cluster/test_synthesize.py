@@ -1,0 +1,326 @@
+"""Synthesis on a real Ray with a slow mock sampler: the same bytes whoever draws, and exactly once whatever dies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of
+from raysyn.cluster.stage import open_stage
+from raysyn.config import SamplerConfig, SynthesizeConfig
+from raysyn.data.frames import read_arrays, read_frames, write_frames
+from raysyn.data.phantom import phantom_patient
+from raysyn.data.requests import RequestPlan
+from raysyn.data.storage import Storage
+from raysyn.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+MOCK = '''
+"""Draws an image that depends on map and seed alone, slowly, and notes who drew what."""
+import os, time
+import numpy as np
+
+def make(spec):
+    log = os.environ["MOCK_LOG"]
+    def draw(label_map, view, seeds):
+        time.sleep(float(os.environ.get("MOCK_SECONDS", "0.05")))
+        with open(log, "a") as file:
+            file.write("".join(f"{os.getpid()} {s}\\n" for s in seeds))
+        noise = np.stack([np.random.default_rng(s).integers(0, 256, label_map.shape[1:]) for s in seeds])
+        return ((noise + view[:, None, None]) % 256 * (label_map > 0)).astype(np.uint8)
+    return draw
+'''
+DRIVER = """
+import pickle, sys
+sys.path.insert(0, {folder!r})
+from raysyn.cluster.session import ray_session
+from raysyn.cluster.stage import open_stage
+from raysyn.cluster.synthesize import claim, draw_missing, finish
+from raysyn.config import RayConfig, SynthesizeJob, WorkersConfig
+spec = pickle.load(open({spec!r}, "rb"))
+job = SynthesizeJob(storage={storage!r}, ray=RayConfig(num_cpus=2, object_store_mb=100),
+                    workers=WorkersConfig(num_workers={workers}, cpus_per_worker=0.5))
+stage = open_stage({storage!r}, "synthesize", "drill")
+with ray_session(job.ray):
+    claim(stage, spec)
+    print("drawing", flush=True)
+    draw_missing(job, stage, spec)
+    finish(job, stage, spec)
+print("finished", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("frames")
+    for split, patients in (("train", range(3)), ("validation", range(3, 4))):
+        made = [f for p in patients for f in phantom_patient(0, p, 64, split)]
+        write_frames(Storage.at(folder), f"{split}/shard-00000.parquet", made)
+    return str(folder)
+
+
+def make_spec(frames: str, storage: Path, **options) -> SynthesisSpec:
+    config = SynthesizeConfig(**{"num_warps": 6, "batch_size": 4, "shard_size": 8, **options})
+    masks = {s: read_arrays(frames, s).frame_id for s in config.mask_splits}
+    return SynthesisSpec(
+        plan=RequestPlan.of(config, masks), config=config,
+        settings=settings_of("c" * 64, SamplerConfig(), config), metadata={"raysyn_fingerprint": "drill"},
+        frames=frames, output=Storage.at(storage).join("synthesize", "drill").uri, model_dir="", model="mock",
+        solver="heun", num_steps=2, num_function_evals=3, threads=1, key="synthesize mock", sampler="mock_sampler:make",
+    )  # fmt: skip
+
+
+class Drill:
+    """A synthesis in a process of its own, in a folder of its own."""
+
+    def __init__(self, folder: Path, frames: str, workers: int = 2, **options) -> None:
+        import pickle
+
+        folder.mkdir(exist_ok=True)
+        self.folder, self.log = folder, folder / "drawn.log"
+        (folder / "mock_sampler.py").write_text(MOCK)
+        self.spec = make_spec(frames, folder / "runs", **options)
+        (folder / "spec.pkl").write_bytes(pickle.dumps(self.spec))
+        places = {"folder": str(folder), "spec": str(folder / "spec.pkl"), "storage": str(folder / "runs")}
+        (folder / "driver.py").write_text(DRIVER.format(workers=workers, **places))
+        self.out = Storage.at(self.spec.output)
+
+    def start(self, seconds: float = 0.05) -> subprocess.Popen:
+        own = {"MOCK_LOG": str(self.log), "MOCK_SECONDS": str(seconds), "PYTHONPATH": f"{ROOT}:{self.folder}"}
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | own
+        return subprocess.Popen(
+            [sys.executable, str(self.folder / "driver.py")], cwd=self.folder, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self) -> str:
+        process = self.start(0.0)
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said[-3000:]
+        return said
+
+    def shards(self) -> dict[str, str]:
+        return {n: hashlib.sha256(self.out.read_bytes(n)).hexdigest() for n in self.out.list(suffix=".parquet")}
+
+    def drawn(self) -> list[tuple[int, int]]:
+        lines = self.log.read_text().split("\n") if self.log.exists() else []
+        return [(int(p), int(s)) for p, s in (line.split() for line in lines if len(line.split()) == 2)]
+
+    def wait_for_shards(self, count: int) -> None:
+        deadline = time.time() + 200
+        while len(self.out.list(suffix=".parquet")) < count:
+            assert time.time() < deadline, "no shard came"
+            time.sleep(0.02)
+
+    def check_whole(self, expected: dict[str, str]) -> None:
+        assert self.shards() == expected
+        manifest = self.out.read_json("manifest.json")
+        assert {s["name"]: s["sha256"] for s in manifest["shards"]} == expected
+        found = list(read_frames(self.spec.output))
+        assert len(found) == len({f.frame_id for f in found}) == self.spec.plan.num_requests() == manifest["num_frames"]
+        left = [
+            p
+            for p in Path(self.out.path).rglob("*")
+            if p.is_file() and p.suffix not in (".parquet", ".json", ".md", ".png")
+        ]
+        assert left == []
+
+    def seeds_of(self, names: list[str]) -> list[int]:
+        return [
+            r.noise_seed
+            for s in self.spec.plan.shards()
+            if s.name in names
+            for b in self.spec.plan.batches(s)
+            for r in b
+        ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, frames) -> Drill:
+    drill = Drill(tmp_path_factory.mktemp("undisturbed") / "one", frames, workers=1)
+    drill.run()
+    return drill
+
+
+def test_a_shard_is_a_pure_function_of_the_plan(frames, tmp_path, monkeypatch) -> None:
+    """Without Ray: two writers, in other orders, make the same bytes; provenance and splits are the masks'."""
+    (tmp_path / "mock_sampler.py").write_text(MOCK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("MOCK_SECONDS", "0")
+    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
+    found = []
+    for name, order in (("a", 1), ("b", -1)):
+        spec = make_spec(frames, tmp_path / name)
+        writer = ShardWriter(spec)
+        for shard in list(spec.plan.shards())[::order]:
+            writer.write(shard)
+        out = Storage.at(spec.output)
+        found.append({n: out.read_bytes(n) for n in out.list(suffix=".parquet")})
+    assert found[0] == found[1]
+    masks = {f.frame_id: f for split in ("train", "validation") for f in read_frames(frames, split)}
+    for frame in read_frames(spec.output):
+        mask = masks[frame.provenance.mask_frame_id]
+        assert (frame.patient_id, frame.split, frame.view, frame.phase) == (
+            mask.patient_id,
+            mask.split,
+            mask.view,
+            mask.phase,
+        )
+        assert frame.source == "synthetic"
+        assert frame.provenance.cpu_seconds is None
+        assert not np.array_equal(frame.label_map, mask.label_map)
+        assert (frame.image[frame.label_map == 0] == 0).all()
+
+
+def test_the_quality_gate_retries_under_new_seeds_and_counts_them(frames, tmp_path, monkeypatch) -> None:
+    (tmp_path / "mock_sampler.py").write_text(MOCK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("MOCK_SECONDS", "0")
+    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
+    spec = make_spec(frames, tmp_path / "runs", min_faithfulness=0.5, max_attempts=3)
+    writer = ShardWriter(spec)
+    writer.faithfulness = lambda images, maps: (images.mean((1, 2)) % 1 + 0.2).clip(0, 1)
+    shard = next(spec.plan.shards())
+    record = writer.write(shard)
+    found = list(read_frames(spec.output))
+    assert record["attempts"] > 8
+    assert record["below_min_faithfulness"] == sum(f.provenance.faithfulness < 0.5 for f in found)
+    first = {r.noise_seed for b in spec.plan.batches(shard) for r in b}
+    assert any(f.provenance.noise_seed not in first for f in found)
+
+
+@pytest.mark.cluster
+def test_one_and_two_actors_write_the_same_bytes(undisturbed, frames, tmp_path) -> None:
+    two = Drill(tmp_path / "two", frames, workers=2)
+    two.run()
+    two.check_whole(undisturbed.shards())
+    assert len({pid for pid, _ in two.drawn()}) == 2
+    assert len(two.shards()) == 12
+    two.run()  # nothing is left to draw
+    assert len(two.drawn()) == two.spec.plan.num_requests()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("moment", [1, 2])
+def test_kill_9_of_an_actor(moment: int, undisturbed, frames, tmp_path) -> None:
+    drill = Drill(tmp_path / "actor", frames)
+    process = drill.start(0.3)
+    try:
+        drill.wait_for_shards(random.Random(moment).randint(1, 5))
+        before = drill.out.list(suffix=".parquet")
+        os.kill(drill.drawn()[-1][0], signal.SIGKILL)
+        said, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-3000:]
+    drill.check_whole(undisturbed.shards())
+    drawn = [s for _, s in drill.drawn()]
+    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("moment", [3, 4])
+def test_kill_9_of_the_driver_and_the_same_command_again(moment: int, undisturbed, frames, tmp_path) -> None:
+    drill = Drill(tmp_path / "driver", frames)
+    process = drill.start(0.3)
+    drill.wait_for_shards(random.Random(moment).randint(1, 7))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    before = drill.out.list(suffix=".parquet")
+    assert not drill.out.exists("manifest.json")
+    time.sleep(3)  # Ray's own processes notice that their driver is gone
+    drill.run()
+    drill.check_whole(undisturbed.shards())
+    drawn = [s for _, s in drill.drawn()]
+    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
+
+
+@pytest.mark.cluster
+def test_kill_9_of_the_head_ends_in_a_resumable_state(undisturbed, frames, tmp_path) -> None:
+    drill = Drill(tmp_path / "head", frames)
+    process = drill.start(0.3)
+    drill.wait_for_shards(2)
+    children = subprocess.run(
+        ["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout
+    victims = [int(line.split()[0]) for line in children.splitlines() if "gcs_server" in line or "raylet" in line]
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    try:
+        process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:  # a driver that waits for its dead head is ended by hand, as a person would
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    assert process.returncode != 0
+    drill.run()
+    drill.check_whole(undisturbed.shards())
+
+
+@pytest.mark.cluster
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(undisturbed, frames, tmp_path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", str(place)]).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    drill = Drill(tmp_path / "disk", frames)
+    (drill.folder / "runs").symlink_to(place)
+    try:
+        process = drill.start(0.0)
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode != 0
+        assert "no space left" in said
+        assert not drill.out.exists("manifest.json")
+        whole = drill.shards()
+        assert all(undisturbed.shards()[name] == sha for name, sha in whole.items())
+        subprocess.run(["mount", "-o", "remount,size=50m", str(place)], check=True)
+        drill.run()
+        drill.check_whole(undisturbed.shards())
+    finally:
+        subprocess.run(["umount", str(place)], check=False)
+
+
+def test_another_data_sets_folder_is_refused(frames, tmp_path) -> None:
+    from raysyn.cluster.synthesize import claim
+
+    spec = make_spec(frames, tmp_path)
+    stage = open_stage(str(tmp_path), "synthesize", "drill")
+    stage.storage.write_json("plan.json", {"fingerprint": "other", "num_requests": 1, "settings": {}})
+    with pytest.raises(UserError, match="holds another data set"):
+        claim(stage, spec)
+    stage.storage.remove("plan.json")
+    stage.storage.write_atomic("train/shard-00000.parquet", b"x")
+    with pytest.raises(UserError, match="not this data set's"):
+        claim(stage, spec)
+
+
+def test_the_data_set_opens_without_our_code(undisturbed) -> None:
+    import datasets
+    import duckdb
+    import polars
+    import pyarrow.parquet as pq
+
+    folder = undisturbed.out.path
+    files = sorted(str(p) for p in Path(folder, "train").glob("*.parquet"))
+    loaded = datasets.load_dataset("parquet", data_files={"train": files}, split="train", cache_dir=f"{folder}-cache")
+    assert loaded[0]["image"].size == (64, 64)
+    assert len(loaded) == undisturbed.spec.plan.num_requests("train")
+    assert duckdb.sql(f"select count(distinct frame_id) from '{folder}/train/*.parquet'").fetchone()[0] == len(loaded)
+    assert polars.read_parquet(files)["source"].unique().to_list() == ["synthetic"]
+    assert json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])
+    card = Path(folder, "README.md").read_text()
+    assert "samples.png" in card
+    assert Path(folder, "samples.png").read_bytes()[:4] == b"\x89PNG"

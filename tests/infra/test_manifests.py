@@ -1,0 +1,144 @@
+"""Manifests, compose file and image: valid by their schemas, and everything that they name exists."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raysyn.cluster.job import JOBS
+from raysyn.compose import load_job
+
+ROOT = Path(__file__).resolve().parents[2]
+INFRA = ROOT / "infra"
+SCHEMAS = ROOT.parent / "shared" / "schemas"
+JOB_FOLDERS = ("prepare", "fit", "synthesize", "tune", "compare")
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [d for d in yaml.safe_load_all(path.read_text()) if d]
+
+
+def rendered_job(name: str) -> dict[str, Any]:
+    """The base RayJob with the overlay's JSON patch, as kustomize renders it."""
+    job = copy.deepcopy(documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0])
+    overlay = documents(INFRA / f"kuberay/jobs/{name}/kustomization.yaml")[0]
+    for patch in overlay["patches"]:
+        for operation in yaml.safe_load(patch["patch"]):
+            *parents, last = operation["path"].strip("/").split("/")
+            target = job
+            for key in parents:
+                target = target[key]
+            assert operation["op"] == "replace"
+            assert last in target
+            target[last] = operation["value"]
+    return job
+
+
+def all_kustomized(folder: Path) -> list[dict[str, Any]]:
+    listed = documents(folder / "kustomization.yaml")[0]["resources"]
+    return [d for name in listed for d in documents(folder / name)]
+
+
+def closed(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+            schema.setdefault("additionalProperties", False)
+        for value in schema.values():
+            closed(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            closed(value)
+    return schema
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", *JOB_FOLDERS])
+def test_ray_resources_fit_the_crds(kind: str) -> None:
+    from jsonschema import Draft202012Validator
+
+    crd = "RayCluster" if kind == "RayCluster" else "RayJob"
+    file = SCHEMAS / f"ray.io_v1_{crd}.json"
+    if not file.is_file():
+        pytest.skip("the CRDs' schemas are not beside this checkout")
+    resource = documents(INFRA / "kuberay/raycluster.yaml")[0] if crd == "RayCluster" else rendered_job(kind)
+    schema = closed(json.loads(file.read_text()))
+    schema["properties"] |= {k: {} for k in ("apiVersion", "kind", "metadata")}
+    problems = [f"{e.json_path}: {e.message[:120]}" for e in Draft202012Validator(schema).iter_errors(resource)]
+    assert problems == []
+    assert resource["kind"] == crd
+
+
+@pytest.mark.parametrize("folder", ["kuberay", "mlflow"])
+def test_core_kinds_are_valid(folder: str) -> None:
+    import kubernetes_validate
+
+    for document in all_kustomized(INFRA / folder):
+        if document["apiVersion"] != "ray.io/v1":
+            kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+def test_the_rayjobs_cluster_is_the_standing_one() -> None:
+    standing = documents(INFRA / "kuberay/raycluster.yaml")[0]["spec"]
+    assert documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]["spec"]["rayClusterSpec"] == standing
+    assert standing["authOptions"]["mode"] == "token"
+    assert "nvidia.com/gpu" not in json.dumps(standing["headGroupSpec"])
+
+
+@pytest.mark.parametrize("name", JOB_FOLDERS)
+def test_each_jobs_command_line_is_one_that_its_file_accepts(name: str, monkeypatch) -> None:
+    monkeypatch.setenv("RAYSYN_STORAGE", "s3://bucket/x")
+    job = rendered_job(name)
+    assert job["metadata"]["name"] == f"raysyn-{name}"
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+    python, file, *overrides = shlex.split(job["spec"]["entrypoint"].replace("$RAYSYN_STORAGE", "s3://bucket/x"))
+    assert (python, file) == ("python", f"jobs/{name}.py")
+    assert (ROOT / file).is_file()
+    config = load_job(name, [o.replace("$RAYSYN_TRAIN_SET", "s3://bucket/set") for o in overrides])
+    assert isinstance(config, JOBS[name])
+    assert config.storage == "s3://bucket/x"
+
+
+def test_every_secret_and_config_map_that_is_named_exists_or_is_explained() -> None:
+    text = "".join(p.read_text() for p in [*INFRA.glob("kuberay/**/*.yaml"), *INFRA.glob("mlflow/*.yaml")])
+    made = set(re.findall(r"kind: ConfigMap\nmetadata:\n  name: (\S+)", text))
+    assert set(re.findall(r"configMapRef: \{name: ([\w-]+)\}", text)) <= made
+    explained = set(re.findall(r"create secret generic ([\w-]+)", (INFRA / "README.md").read_text()))
+    named = set(re.findall(r"secretRef: \{name: ([\w-]+)\}", text)) | set(re.findall(r"secretName: ([\w-]+)", text))
+    assert named <= explained, named - explained
+
+
+def test_services_point_at_ports_that_exist() -> None:
+    for folder in ("kuberay", "mlflow"):
+        found = all_kustomized(INFRA / folder)
+        ports = set(re.findall(r'"name": "([\w-]+)", "containerPort"', json.dumps(found)))
+        for service in (d for d in found if d["kind"] == "Service"):
+            assert {p["targetPort"] for p in service["spec"]["ports"]} <= ports
+
+
+def test_nothing_runs_as_root_and_no_secret_is_in_a_layer() -> None:
+    image = (INFRA / "Dockerfile").read_text()
+    assert re.findall(r"^USER (\S+)", image, re.M) == ["1000:1000"]
+    assert not re.search(r"(?i)(token|password|secret|key)\s*=", re.sub(r"#.*", "", image).replace("AUTH_MODE", ""))
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", image, re.M):
+        assert all((ROOT / name).exists() for name in source.split())
+    pods = [*all_kustomized(INFRA / "kuberay"), *all_kustomized(INFRA / "mlflow")]
+    assert json.dumps(pods).count('"runAsNonRoot": true') >= 5
+
+
+def test_compose_is_closed_to_the_world_and_names_its_settings() -> None:
+    compose = documents(INFRA / "compose/compose.yaml")[0]
+    for service in compose["services"].values():
+        assert all(p.startswith("127.0.0.1:") for p in service.get("ports", []))
+        assert set(service.get("depends_on", {})) <= set(compose["services"])
+        for volume in service.get("volumes", []):
+            name = volume.split(":")[0]
+            assert name in compose["volumes"] or name.startswith("$")
+    asked = set(re.findall(r"\$\{(\w+)", (INFRA / "compose/compose.yaml").read_text()))
+    given = set(re.findall(r"^(\w+)=", (INFRA / "compose/env.example").read_text(), re.M))
+    assert asked <= given

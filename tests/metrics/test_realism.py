@@ -1,0 +1,134 @@
+"""Realism measures where the answer is known: Gaussians in closed form, equal sets, blurred and copied ones."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import linalg, ndimage
+
+from raysyn.data.phantom import phantom_patient
+from raysyn.metrics.extractors import open_extractor
+from raysyn.metrics.realism import (
+    frechet_distance,
+    histogram_distance,
+    kernel_distance,
+    precision_recall,
+    realism,
+    speckle_snr,
+    spectrum_distance,
+    ssim_diversity,
+)
+from raysyn.types import PHASES, VIEWS, FrameArrays, UserError
+
+
+def test_frechet_distance_is_its_formula_with_a_matrix_square_root() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (300, 6)) @ rng.normal(0, 1, (6, 6)), rng.normal(0.5, 2, (200, 6))
+    s_a, s_b = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_a + s_b - 2 * linalg.sqrtm(s_a @ s_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_with_fewer_frames_than_features() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(0, 1, (20, 100))
+    shift = np.zeros(100)
+    shift[0] = 3.0
+    assert frechet_distance(a, a + shift) == pytest.approx(9.0, rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased_at_zero() -> None:
+    rng = np.random.default_rng(0)
+    values = [
+        kernel_distance(rng.normal(size=(100, 8)), rng.normal(size=(100, 8)), num_subsets=3, seed=i)[0]
+        for i in range(60)
+    ]
+    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(60)
+    far, sd = kernel_distance(rng.normal(size=(100, 8)), rng.normal(1.0, 1, size=(100, 8)))
+    assert far > 10 * sd > 0
+
+
+def test_precision_and_recall_tell_missing_modes_from_bad_images() -> None:
+    rng = np.random.default_rng(0)
+    real = np.concatenate([rng.normal(-5, 1, (100, 4)), rng.normal(5, 1, (100, 4))])
+    one_mode = precision_recall(real, rng.normal(-5, 1, (200, 4)))
+    assert one_mode["precision"] > 0.9
+    assert 0.4 < one_mode["recall"] < 0.65
+    assert one_mode["coverage"] < 0.6
+    junk = precision_recall(real, rng.normal(0, 30, (200, 4)))
+    assert junk["precision"] < 0.1
+
+
+def arrays(patients: range) -> FrameArrays:
+    frames = [f for p in patients for f in phantom_patient(3, p, 64, "train")]
+    return FrameArrays(
+        image_u8=np.stack([f.image for f in frames]),
+        label_map=np.stack([f.label_map for f in frames]),
+        view=np.array([VIEWS.index(f.view) for f in frames], np.uint8),
+        phase=np.array([PHASES.index(f.phase) for f in frames], np.uint8),
+        spacing_mm=np.array([f.spacing_mm for f in frames], np.float32),
+        frame_id=[f.frame_id for f in frames],
+        patient_id=[f.patient_id for f in frames],
+        mask_frame_id=[""] * len(frames),
+        source=["phantom"] * len(frames),
+    )
+
+
+@pytest.fixture(scope="module")
+def sets() -> tuple[FrameArrays, FrameArrays, FrameArrays]:
+    a, b = arrays(range(8)), arrays(range(8, 16))
+    blurred = b.take(range(len(b)))
+    blurred.image_u8 = np.stack([ndimage.gaussian_filter(i.astype(float), 1.0) for i in b.image_u8]).astype(np.uint8)
+    return a, b, blurred
+
+
+def test_blur_is_further_off_than_other_patients(sets) -> None:
+    a, b, blurred = sets
+    near, far = realism(b, a), realism(blurred, a)
+    assert far["fd_lite0"] > 2 * near["fd_lite0"]
+    assert far["kd_lite0"] > near["kd_lite0"]
+    assert far["spectrum_distance"] > 2 * near["spectrum_distance"]
+    assert far["speckle_snr_blood"] > near["speckle_snr_blood"]
+    assert near["extractor"] == "lite0"
+    assert len(near["extractor_sha256"]) == 64
+    assert near["num_frames"] == near["num_reference_frames"] == 32
+
+
+def test_extractor_free_measures_are_zero_on_the_same_set(sets) -> None:
+    a = sets[0]
+    assert histogram_distance(a, a) == 0
+    assert spectrum_distance(a, a) == 0
+    brighter = a.take(range(len(a)))
+    brighter.image_u8 = np.where(a.label_map > 0, np.minimum(a.image_u8.astype(int) + 10, 255), 0).astype(np.uint8)
+    assert 8 < histogram_distance(brighter, a) <= 10
+    assert all(v > 0 for v in speckle_snr(a).values())
+
+
+def test_a_collapsed_set_has_no_diversity(sets) -> None:
+    a = sets[0]
+    same = a.take([0] * 20 + [2] * 20)
+    assert ssim_diversity(same) == pytest.approx(0, abs=1e-3)
+    assert ssim_diversity(a) > 0.2
+
+
+def test_too_few_frames_name_the_number_needed(sets) -> None:
+    a = sets[0]
+    with pytest.raises(UserError, match=r"3 are too few .* needs 8"):
+        realism(a.take([0, 1, 2]), a)
+
+
+def test_extractors_without_weights_are_refused() -> None:
+    for spec in ("resnet18", "inception=/no/such/file", "resnet18=/no/such/file"):
+        with pytest.raises(UserError, match="names no weights file"):
+            open_extractor(spec)
+
+
+def test_a_timm_backbone_with_given_weights(tmp_path) -> None:
+    import timm
+    import torch
+
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "w.pt")
+    extractor = open_extractor(f"test_resnet={tmp_path / 'w.pt'}")
+    assert extractor.name == "test_resnet"
+    assert extractor.features(np.zeros((3, 64, 64), np.uint8)).shape[0] == 3

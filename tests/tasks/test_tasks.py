@@ -1,0 +1,156 @@
+"""Tasks on phantom frames small enough to learn in seconds; mixing; saving; bad input."""
+
+import numpy as np
+import pytest
+import torch
+
+from raysyn.config import TaskConfig
+from raysyn.data.phantom import phantom_patient
+from raysyn.tasks.classification import evaluate_classification, predict_view_scores, train_classification
+from raysyn.tasks.fitting import load_task, num_task_steps, task_batch
+from raysyn.tasks.mixing import mix_frames
+from raysyn.tasks.nets import build_classifier, build_segmenter
+from raysyn.tasks.segmentation import evaluate_segmentation, predict_label_maps, train_segmentation
+from raysyn.types import PHASES, VIEWS, FrameArrays, UserError
+
+QUICK = dict(batch_size=8, lr=1e-2, num_steps=150, lr_decay="cosine", width=8)
+SEGMENTATION = TaskConfig(arch="unet:small", **QUICK)
+CLASSIFICATION = TaskConfig(kind="classification", arch="cnn:small", **QUICK)
+
+
+def arrays(patients: range, size: int = 64) -> FrameArrays:
+    frames = [f for p in patients for f in phantom_patient(1, p, size, "train")]
+    return FrameArrays(
+        image_u8=np.stack([f.image for f in frames]),
+        label_map=np.stack([f.label_map for f in frames]),
+        view=np.array([VIEWS.index(f.view) for f in frames], np.uint8),
+        phase=np.array([PHASES.index(f.phase) for f in frames], np.uint8),
+        spacing_mm=np.array([f.spacing_mm for f in frames], np.float32),
+        frame_id=[f.frame_id for f in frames],
+        patient_id=[f.patient_id for f in frames],
+        mask_frame_id=[""] * len(frames),
+        source=["phantom"] * len(frames),
+    )
+
+
+@pytest.fixture(scope="module")
+def frames() -> tuple[FrameArrays, FrameArrays, FrameArrays]:
+    return arrays(range(16)), arrays(range(16, 19)), arrays(range(19, 25))
+
+
+@pytest.fixture(scope="module")
+def segmenter(frames):
+    return train_segmentation(frames[0], frames[1], SEGMENTATION)
+
+
+def test_segmentation_learns_and_is_scored_on_held_out_patients(frames, segmenter) -> None:
+    scores = evaluate_segmentation(segmenter, frames[2])
+    assert scores["mean_dice"] > 0.7
+    assert scores["mean_dice_low"] <= scores["mean_dice"] <= scores["mean_dice_high"]
+    assert scores["lv_endo_hausdorff_mm"] > 0
+    assert scores["lv_endo_hd95_mm"] <= scores["lv_endo_hausdorff_mm"]
+    assert scores["num_frames"] == 24
+    assert segmenter.best_score == max(h["score"] for h in segmenter.history)
+
+
+def test_unknown_spacing_is_named_in_the_unit(frames, segmenter) -> None:
+    test = frames[2].take(range(4))
+    test.spacing_mm = np.full_like(test.spacing_mm, np.nan)
+    assert "lv_endo_hausdorff_px" in evaluate_segmentation(segmenter, test)
+
+
+def test_training_is_repeatable_and_its_seed_matters(frames) -> None:
+    short = TaskConfig(**{**vars(SEGMENTATION), "num_steps": 5})
+    nets = [
+        train_segmentation(frames[0], frames[1], TaskConfig(**{**vars(short), "seed": s})).net.state_dict()
+        for s in (0, 0, 1)
+    ]
+    assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
+    assert not all(torch.equal(nets[0][k], nets[2][k]) for k in nets[0])
+
+
+def test_a_saved_task_reads_the_same(frames, segmenter, tmp_path) -> None:
+    segmenter.save(tmp_path / "s")
+    again = load_task(tmp_path / "s")
+    found = predict_label_maps(segmenter, frames[2].image_u8)
+    assert np.array_equal(found, predict_label_maps(again, frames[2].image_u8))
+    assert found.max() <= 3
+    with pytest.raises(UserError, match="not a task model"):
+        load_task(tmp_path)
+
+
+def test_classification_beats_chance_and_needs_both_views(frames) -> None:
+    fitted = train_classification(frames[0], frames[1], CLASSIFICATION)
+    scores = evaluate_classification(fitted, frames[2])
+    assert scores["view_accuracy"] > 0.7
+    assert scores["view_auroc"] > 0.7
+    assert scores["view_accuracy_protocol_sd"] >= 0
+    p = predict_view_scores(fitted, frames[2].image_u8)
+    assert ((p >= 0) & (p <= 1)).all()
+    only = frames[0].take(np.flatnonzero(frames[0].view == 0))
+    with pytest.raises(UserError, match="all are 2CH"):
+        train_classification(only, frames[1], CLASSIFICATION)
+
+
+def test_empty_sets_are_refused(frames) -> None:
+    with pytest.raises(UserError, match="train frames: there are none"):
+        train_segmentation(frames[0].take([]), frames[1], SEGMENTATION)
+    assert predict_label_maps.__doc__
+
+
+def test_mixing_keeps_its_shares(frames) -> None:
+    synthetic, real = frames[0], frames[1]
+    together = TaskConfig(real_fraction=0.25)
+    (mixed, share), *rest = mix_frames(synthetic, real, together)
+    assert share == 1.0
+    assert not rest
+    from_real = sum(f in set(real.frame_id) for f in mixed.frame_id)
+    assert from_real / len(mixed) == pytest.approx(0.25, abs=0.05)
+    phases = mix_frames(synthetic, real, TaskConfig(real_fraction=0.25, mixing="synthetic_then_real"))
+    assert [s for _, s in phases] == [0.75, 0.25]
+    assert phases[1][0] is real
+    assert mix_frames(synthetic, real, TaskConfig())[0][0] is synthetic
+    with pytest.raises(UserError, match="real_fraction"):
+        mix_frames(synthetic, None, together)
+
+
+def test_augmentation_moves_image_and_map_together(frames) -> None:
+    task = TaskConfig(augment_strength=1.0, batch_size=8)
+    image, label, index = task_batch(frames[0], np.arange(8), task)
+    assert image.shape == (8, 1, 64, 64)
+    assert ((image[:, 0] > 0) <= (label > 0)).all()  # nothing is seen outside the warped sector
+    assert not np.array_equal(label.numpy(), frames[0].label_map[index])
+    plain, unmoved, index = task_batch(frames[0], np.arange(8), TaskConfig(augment_strength=0.0))
+    assert np.array_equal(unmoved.numpy(), frames[0].label_map[index])
+    assert torch.allclose(plain[:, 0] * 255, torch.from_numpy(frames[0].image_u8[index]).float())
+
+
+def test_steps_come_from_epochs_unless_given() -> None:
+    assert num_task_steps(TaskConfig(num_epochs=3, batch_size=10), 25) == 9
+    assert num_task_steps(TaskConfig(num_steps=7), 25) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "arch", "weights"),
+    [
+        ("segmentation", "dynunet", ""),
+        ("segmentation", "unet:tf_efficientnet_lite0", "embedded"),
+        ("classification", "tf_efficientnet_lite0", "embedded"),
+        ("classification", "tf_efficientnetv2_s", ""),
+    ],
+)
+def test_the_published_and_the_library_nets_run(kind: str, arch: str, weights: str) -> None:
+    task = TaskConfig(kind=kind, arch=arch, weights=weights)
+    net = build_segmenter(task, 64) if kind == "segmentation" else build_classifier(task)
+    with torch.inference_mode():
+        out = net.eval()(torch.zeros(2, 1, 64, 64))
+    assert out.shape == ((2, 4, 64, 64) if kind == "segmentation" else (2, 2))
+
+
+def test_unknown_nets_and_weights_are_refused(tmp_path) -> None:
+    for task in (TaskConfig(arch="resnet"), TaskConfig(arch="unet:no_such_encoder")):
+        with pytest.raises(UserError, match=r"task\.arch"):
+            build_segmenter(task, 64)
+    with pytest.raises(UserError, match=r"task\.weights"):
+        build_segmenter(TaskConfig(arch="unet:tf_efficientnet_lite0", weights=str(tmp_path / "none.pt")), 64)

@@ -1,0 +1,132 @@
+"""Model folders and the diffusers pipeline: what is saved is what draws, and bad input is one clear line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from raysyn.compose import load_model
+from raysyn.labels import semantic_index
+from raysyn.models import MODELS, build_denoiser, build_vae
+from raysyn.nets.codecs import LatentCodec, PixelCodec
+from raysyn.pipeline import SemanticDiffusionPipeline, load_model_dir, save_model, synthesize_images, weights_sha256
+from raysyn.types import UserError
+
+SIZE = 32
+
+
+def fresh(name: str):
+    torch.manual_seed(0)
+    config = load_model(name, "demo")
+    denoiser = build_denoiser(config, SIZE)
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    codec = LatentCodec(build_vae(config)) if config.space == "latent" else PixelCodec()
+    return config, denoiser, codec
+
+
+@pytest.fixture(scope="module", params=["edm_l128", "edm"])
+def folder(request, tmp_path_factory):
+    config, denoiser, codec = fresh(request.param)
+    path = tmp_path_factory.mktemp("model")
+    save_model(path, denoiser.net, denoiser.net, codec, config, SIZE, {"images seen": 5})
+    return path
+
+
+@pytest.fixture
+def maps() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 5, (4, SIZE, SIZE)).astype(np.uint8)
+
+
+def test_the_folder_is_a_diffusers_users(folder, maps) -> None:
+    pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
+    views = ["2CH", "4CH", "2CH", "4CH"]
+    images = pipeline(maps, views, seeds=[1, 2, 3, 4], num_inference_steps=3)
+    assert images.shape == maps.shape
+    assert images.dtype == np.uint8
+    assert (images[maps == 0] == 0).all()
+    alone = pipeline(maps[1:2], views[1:2], seeds=[2], num_inference_steps=3)
+    assert np.abs(alone[0].astype(int) - images[1]).max() <= 1  # an image belongs to its seed, not to its batch
+    assert pipeline(maps[0], ["2CH"], seeds=[1], num_inference_steps=2, output_type="pil")[0].size == (SIZE, SIZE)
+
+
+def test_what_is_saved_again_draws_the_same_bits(folder, maps, tmp_path) -> None:
+    pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "again", dice="0.9")
+    again = SemanticDiffusionPipeline.from_pretrained(tmp_path / "again")
+    views = ["4CH"] * 4
+    assert np.array_equal(pipeline(maps, views, num_inference_steps=2), again(maps, views, num_inference_steps=2))
+    assert "dice: 0.9" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_the_folder_holds_both_weights_config_and_card(folder) -> None:
+    model = load_model_dir(folder)
+    assert model.checkpoint_sha256 == weights_sha256(folder)
+    assert (folder / "unet_raw" / "diffusion_pytorch_model.safetensors").is_file()
+    card = (folder / "README.md").read_text()
+    assert "Intended use" in card
+    assert "images seen: 5" in card
+    assert model.image_size == SIZE
+
+
+def test_the_view_reaches_the_image(folder, maps) -> None:
+    model = load_model_dir(folder)
+    views = np.array([0, 1], np.uint8)
+    same = maps[[0, 0]]
+    a, b = synthesize_images(model, same, views, [7, 7])
+    assert not np.array_equal(a, b)
+    assert semantic_index(same, views).max() > 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: np.where(m == 4, 9, m).astype(np.uint8), r"label map \d: label values \[9\]"),
+        (lambda m: m[:, :16, :16], "label map 0: is 16x16, but this model draws 32x32"),
+        (lambda m: m.astype(np.float32), "expected a uint8 array"),
+    ],
+)
+def test_bad_maps_are_one_clear_error(folder, maps, change, says: str) -> None:
+    pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(UserError, match=says):
+        pipeline(change(maps), ["2CH"] * 4)
+    with pytest.raises(UserError, match="views: 1 for 4"):
+        pipeline(maps, ["2CH"])
+    with pytest.raises(UserError, match="3CH"):
+        pipeline(maps, ["3CH"] * 4)
+
+
+def test_missing_foreign_and_damaged_folders_are_refused(folder, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no model\.json"):
+        load_model_dir(tmp_path)
+    (tmp_path / "model.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="not a model of this version"):
+        load_model_dir(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model_dir(tmp_path)
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "copy")
+    saved = json.loads((tmp_path / "copy" / "model.json").read_text())
+    (tmp_path / "copy" / "model.json").write_text(json.dumps({**saved, "checkpoint_sha256": "0"}))
+    with pytest.raises(UserError, match="altered or is damaged"):
+        load_model_dir(tmp_path / "copy")
+    (tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="weights cannot be read"):
+        load_model_dir(tmp_path / "copy")
+
+
+def test_models_are_the_six_and_know_their_own_config() -> None:
+    assert list(MODELS) == ["sdm", "vp", "ve", "edm", "edm_l128", "edm_l64"]
+    for name, spec in MODELS.items():
+        config = load_model(name)
+        assert (config.space, config.net.arch, config.precondition) == (spec.space, spec.arch, spec.precondition)
+        assert config.sampler.solver == spec.solver
+        assert config.latent_downscale == spec.latent_downscale
+    with pytest.raises(UserError, match=r"model\.precondition: 'edm' is not vp's"):
+        MODELS["vp"].build(load_model("edm", "demo"), 64)
+    with pytest.raises(UserError, match="image_size: 30 is not a multiple"):
+        build_denoiser(load_model("edm_l64"), 30)
