@@ -13,7 +13,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -141,8 +141,8 @@ ALLOWED_OPCODES = {
 
 
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python, whose opcodes can be replaced
-    dispatch: dict[int, Any] = {}
-    stack: Any  # type: ignore[misc]
+    dispatch: ClassVar[dict[int, Any]] = {}
+    stack: Any
     append: Any
     pop_mark: Any
 

@@ -164,9 +164,12 @@ def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) ->
 
 
 def _dataset(config: SynthesizeJob, spec: SynthesisSpec, rows: list[dict[str, Any]]) -> Any:
+    import logging
+
     import ray
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
