@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,15 @@ def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
     return space
 
 
-def define_by_run(space: dict[str, Any]) -> Any:
-    """The space as Optuna's define-by-run function; integers stay integers."""
-
-    def suggest(trial: Any) -> None:
-        for key, domain in space.items():
-            if domain.get("choices"):
-                trial.suggest_categorical(key, domain["choices"])
-            elif isinstance(domain["low"], int) and isinstance(domain["high"], int):
-                trial.suggest_int(key, domain["low"], domain["high"], log=bool(domain.get("log")))
-            else:
-                trial.suggest_float(key, float(domain["low"]), float(domain["high"]), log=bool(domain.get("log")))
-
-    return suggest
+def suggest(space: dict[str, Any], trial: Any) -> None:
+    """The space as Optuna's define-by-run function (Ray Tune pickles it); integers stay integers."""
+    for key, domain in space.items():
+        if domain.get("choices"):
+            trial.suggest_categorical(key, domain["choices"])
+        elif isinstance(domain["low"], int) and isinstance(domain["high"], int):
+            trial.suggest_int(key, domain["low"], domain["high"], log=bool(domain.get("log")))
+        else:
+            trial.suggest_float(key, float(domain["low"]), float(domain["high"]), log=bool(domain.get("log")))
 
 
 def trial_task(task: TaskConfig, params: dict[str, Any]) -> TaskConfig:
@@ -151,7 +148,7 @@ def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return OptunaSearch(
-            space=define_by_run(space),
+            space=partial(suggest, space),
             metric=list(search.objectives) if both else "score",
             mode=["max", "min"] if both else "max",
             sampler=optuna.samplers.TPESampler(seed=search.seed, multivariate=False),
