@@ -1,0 +1,115 @@
+"""The search on a real Ray: finished trials survive kill -9, the front, the space, leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raysyn.cluster.task_runs import refuse_leak
+from raysyn.cluster.tune import check_space, pareto_front, trial_task
+from raysyn.compose import load_job
+from raysyn.config import TaskConfig
+from raysyn.data.frames import read_arrays, write_frames
+from raysyn.data.phantom import phantom_patient
+from raysyn.data.storage import Storage
+from raysyn.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ({"lr": {"low": 1}}, r"search\.space\.lr: give"),
+        ({"speed": {"low": 1, "high": 2}}, r"search\.space\.speed: not a key"),
+        ({"lr": {"low": -1, "high": 2}}, r"search\.space\.lr: -1"),
+        ({"loss": {"choices": ["mse"]}}, r"search\.space\.loss: 'mse'"),
+        ({"train_set": {"choices": [3]}}, "no index of the 2 train_sets"),
+    ],
+)
+def test_a_wrong_space_names_its_key(space: dict, says: str) -> None:
+    job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
+    with pytest.raises(UserError, match=says):
+        check_space(space, job)
+
+
+def test_the_front_holds_what_nothing_beats_at_full_budget() -> None:
+    def trial(name: str, score: float, cost: float, iterations: int = 5) -> dict:
+        return {"trial": name, "score": score, "cost": cost, "iterations": iterations}
+
+    trials = [trial("cheap", 0.8, 1), trial("good", 0.9, 5), trial("beaten", 0.85, 6), trial("stopped", 0.95, 0.1, 1)]
+    assert [t["trial"] for t in pareto_front(trials)] == ["cheap", "good"]
+
+
+def test_a_trial_changes_only_what_was_searched() -> None:
+    task = trial_task(TaskConfig(lr=1.0, width=7), {"lr": 0.5, "train_set": 1})
+    assert (task.lr, task.width) == (0.5, 7)
+
+
+def test_test_patients_in_a_training_set_are_refused(tmp_path) -> None:
+    for patient in (0, 1):
+        write_frames(
+            Storage.at(tmp_path / str(patient)), "train/shard-00000.parquet", phantom_patient(0, patient, 64, "train")
+        )
+    a, b = (read_arrays(str(tmp_path / str(p))) for p in (0, 1))
+    refuse_leak({"train": a}, b)
+    with pytest.raises(UserError, match=r"train: holds test patients \(phantom-s0-p00000\)"):
+        refuse_leak({"train": a}, a)
+
+
+@pytest.mark.cluster
+def test_killed_and_started_again_finished_trials_are_not_repeated(tmp_path) -> None:
+    overrides = ["task=segmentation", "search.num_trials=3", "search.max_concurrent=1", "task.num_steps=40"]
+    command = [
+        sys.executable,
+        "jobs/tune.py",
+        "scale=tiny",
+        f"storage={tmp_path}",
+        "tracking.enabled=false",
+        *overrides,
+    ]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    options = dict(
+        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    first = subprocess.Popen(command, **options)
+
+    def results() -> dict[str, list[dict]]:
+        found = {}
+        for path in tmp_path.glob("tune/*/ray_tune/*/result.json"):
+            found[path.parent.name] = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        return found
+
+    deadline = time.time() + 240
+    while sum(len(r) >= 5 for r in results().values()) < 1:
+        assert time.time() < deadline, "no trial finished"
+        assert first.poll() is None, first.stdout.read()[-3000:]
+        time.sleep(0.3)
+    time.sleep(12)  # Ray Tune writes its own state every ten seconds
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait(timeout=60)
+    before = {k: v for k, v in results().items() if len(v) >= 5}
+    time.sleep(4)
+    second = subprocess.Popen(command, **options)
+    said, _ = second.communicate(timeout=400)
+    assert second.returncode == 0, said[-3000:]
+    manifest = json.loads(next(tmp_path.glob("tune/*/manifest.json")).read_text())
+    assert manifest["num_trials"] == 3
+    assert manifest["best_score"] == max(t["score"] for t in manifest["trials"])
+    assert len(manifest["refits"]) == 1
+    after = results()
+    for name, lines in before.items():
+        if name in {f"{Path(p).name}" for p in after}:
+            assert after[name][: len(lines)] == lines
+    import optuna
+
+    url = f"sqlite:///{next(tmp_path.glob('tune/*/optuna.db'))}"
+    study = optuna.load_study(study_name=None, storage=url)
+    assert len([t for t in study.trials if t.state.name == "COMPLETE"]) >= 3

@@ -1,0 +1,126 @@
+"""The whole study from the command line, as `make demo` runs it, at a scale where nothing is learned."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = (
+    "trained_on,model,space,solver,num_steps,num_function_evals,seconds_per_image,fd_lite0,lv_endo_dice,lv_epi_dice,"
+    "la_dice,mean_dice,view_accuracy"
+)
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(1500)]
+
+
+def start(storage: Path, *overrides: str) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    command = [sys.executable, "jobs/compare.py", "scale=tiny", f"storage={storage}", *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> tuple[Path, str]:
+    """A study killed with -9 in the middle, started again, and finished."""
+    storage = tmp_path_factory.mktemp("study") / "runs"
+    process = start(storage)
+    deadline = time.time() + 600
+    while not list(storage.glob("fit/*/manifest.json")):
+        assert time.time() < deadline, "no model was fitted"
+        assert process.poll() is None, process.stdout.read()[-4000:]
+        time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    finished = {p: p.stat().st_mtime_ns for p in storage.glob("*/*/manifest.json")}
+    time.sleep(5)
+    said = finish(start(storage))
+    assert all(p.stat().st_mtime_ns == when for p, when in finished.items()), "a finished stage was made again"
+    return storage, said
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_its_columns_and_a_row_a_combination(study) -> None:
+    storage, said = study
+    table = storage / "report" / "table.csv"
+    assert table.read_text().splitlines()[0] == COLUMNS
+    found = rows(table)
+    assert [(r["trained_on"], r["model"], r["num_steps"]) for r in found] == [
+        ("phantom", "", ""),
+        ("synthetic", "edm", "2"),
+        ("synthetic", "edm_l128", "2"),
+    ]
+    for row in found[1:]:
+        assert all(row[c] for c in COLUMNS.split(","))
+        assert 0 <= float(row["mean_dice"]) <= 1
+        assert int(row["num_function_evals"]) == 2
+        assert float(row["seconds_per_image"]) > 0
+    assert {r["model"].split()[-1] for r in rows(storage / "report" / "controls.csv")} == {"reconstruction", "prior"}
+    assert "mean Dice" in said
+
+
+def test_the_report_is_one_page_with_its_pictures(study) -> None:
+    storage, _ = study
+    page = (storage / "report" / "index.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert (storage / "report" / "pictures" / "hero.png").is_file()
+
+
+def test_mlflow_has_a_run_a_row_with_the_three_families(study) -> None:
+    storage, _ = study
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        kinds = database.execute(
+            "select r.name, m.key from metrics m join runs r using (run_uuid) join tags t using (run_uuid) "
+            "where t.key = 'raysyn.kind' and t.value = 'row'"
+        ).fetchall()
+    families = {}
+    for name, key in kinds:
+        families.setdefault(name, set()).add(key.split("/")[0])
+    assert families["edm dpmpp_2m 2"] == {"cost", "realism", "task"}
+
+
+def test_a_second_run_skips_everything_and_prints_the_same_table(study) -> None:
+    storage, said = study
+    started = time.monotonic()
+    again = finish(start(storage))
+    assert time.monotonic() - started < 40
+    table = [
+        line
+        for line in said.splitlines()
+        if "│" in line or ("edm" in line and "dpmpp" in line and "stages" not in line)
+    ]
+    assert [line for line in table if line in again] == table
+    assert "already there" in again
+
+
+def test_a_synthetic_set_and_its_model_stand_on_their_own(study) -> None:
+    storage, _ = study
+    from raysyn.data.frames import read_arrays
+    from raysyn.pipeline import load_model_dir
+
+    for folder in storage.glob("fit/*/model"):
+        assert load_model_dir(folder).image_size == 64
+    for folder in storage.glob("synthesize/*"):
+        frames = read_arrays(str(folder), "train")
+        assert len(frames) == 24
+        assert set(frames.source) == {"synthetic"}
