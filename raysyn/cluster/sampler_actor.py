@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from raysyn.cluster.board import reporter
 from raysyn.config import SynthesizeConfig
-from raysyn.data.frames import frames_to_table, read_arrays, table_to_bytes
+from raysyn.data.frames import decode_png, frame_files, frames_to_table, open_shard, read_light, table_to_bytes
 from raysyn.data.masks import warp_label_map
 from raysyn.data.requests import Request, RequestPlan, Shard, synthetic_frame_id
 from raysyn.data.storage import Storage
-from raysyn.types import PHASES, VIEWS, Frame, FrameArrays, Provenance
+from raysyn.types import VIEWS, Frame, Provenance
 
 
 class Sampler(Protocol):
@@ -55,7 +55,13 @@ class SynthesisSpec:
 
 
 def model_sampler(spec: SynthesisSpec) -> Sampler:
-    """The fitted model of `spec.model_dir` on this worker's device; halves a batch that does not fit the GPU."""
+    """The fitted model of `spec.model_dir` on this worker's device.
+
+    A batch that does not fit the GPU is halved, with a warning in the worker's log: noise is each image's own, so that
+    changes an image by no more than the choice of GPU kernels does.
+    """
+    import logging
+
     import torch
 
     from raysyn.cluster.model_store import open_model
@@ -73,6 +79,7 @@ def model_sampler(spec: SynthesisSpec) -> Sampler:
         except torch.OutOfMemoryError:
             if len(seeds) == 1:
                 raise
+        logging.getLogger("raysyn").warning("a batch of %d does not fit the GPU; drawing it in halves", len(seeds))
         torch.cuda.empty_cache()
         half = len(seeds) // 2
         parts = [slice(0, half), slice(half, None)]
@@ -92,7 +99,7 @@ class ShardWriter:
     def __init__(self, spec: SynthesisSpec) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))
         self.spec, self.storage = spec, Storage.at(spec.output)
-        self.masks = {split: mask_frames(spec.frames, split) for split in spec.plan.masks}
+        self.masks = {split: MaskFrames.read(spec.frames, split) for split in spec.plan.masks}
         self.sampler: Sampler = _load(spec.sampler)(spec)
         self.faithfulness = _faithfulness(spec)
         self.report, self.started, self.images = reporter(f"{spec.key} worker {os.getpid()}"), time.perf_counter(), 0
@@ -135,10 +142,10 @@ class ShardWriter:
     def draw(self, split: str, batch: list[Request]) -> tuple[list[Frame], int, int]:
         """(frames, images drawn, frames kept below the threshold) of one batch; rejected ones get new seeds."""
         config, masks = self.spec.config, self.masks[split]
-        index = np.array([r.mask_index for r in batch])
-        maps = np.stack([warp_label_map(masks.label_map[r.mask_index], config.warp, r.warp_seed) for r in batch])
+        view = masks.view[[r.mask_index for r in batch]]
+        maps = np.stack([warp_label_map(masks.label_map(r.mask_index), config.warp, r.warp_seed) for r in batch])
         seeds = [r.noise_seed for r in batch]
-        images = np.array(self.sampler(maps, masks.view[index], seeds))
+        images = np.array(self.sampler(maps, view, seeds))
         scores = self.faithfulness(images, maps) if self.faithfulness else None
         drawn, todo = len(batch), np.array([], dtype=int)
         if scores is not None:
@@ -147,7 +154,7 @@ class ShardWriter:
                 if not len(todo):
                     break
                 again = [batch[i].retry(attempt) for i in todo]
-                fresh = self.sampler(maps[todo], masks.view[index[todo]], again)
+                fresh = self.sampler(maps[todo], view[todo], again)
                 fresh_scores = self.faithfulness(fresh, maps[todo])
                 drawn += len(todo)
                 for i, image, score, seed in zip(todo, fresh, fresh_scores, again):
@@ -164,17 +171,16 @@ class ShardWriter:
         self, split: str, request: Request, label_map: np.ndarray, image: np.ndarray, seed: int, score: float | None
     ) -> Frame:
         spec, masks, i = self.spec, self.masks[split], request.mask_index
-        spacing = masks.spacing_mm[i]
         return Frame(
             frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed),
             image=image,
             label_map=label_map,
             view=VIEWS[masks.view[i]],
-            phase=PHASES[masks.phase[i]],
+            phase=masks.phase[i],
             patient_id=masks.patient_id[i],
             split=split,
             source="synthetic",
-            spacing_mm=(float(spacing[0]), float(spacing[1])) if np.isfinite(spacing).all() else None,
+            spacing_mm=masks.spacing_mm[i],
             provenance=Provenance(
                 model=spec.model,
                 checkpoint_sha256=spec.settings["checkpoint_sha256"],
@@ -198,11 +204,33 @@ class ShardWriter:
         self.report({**status, "note": gpu_memory()})
 
 
-def mask_frames(uri: str, split: str) -> FrameArrays:
-    """The masks of a split with what a synthetic frame inherits; images are dropped to save memory."""
-    frames = read_arrays(uri, split)
-    frames.image_u8 = np.empty((len(frames), 0, 0), np.uint8)
-    return frames
+@dataclass(frozen=True)
+class MaskFrames:
+    """The masks of a split, still as PNGs, with what a synthetic frame inherits: a few KB a mask, no images."""
+
+    png: list[bytes]
+    view: np.ndarray
+    phase: list[str]
+    patient_id: list[str]
+    spacing_mm: list[tuple[float, float] | None]
+
+    @staticmethod
+    def read(uri: str, split: str) -> MaskFrames:
+        """The masks of a split of a frame set, in its order. Raises UserError when there are none."""
+        files = frame_files(uri, split)
+        light = pa.concat_tables([read_light(storage, name) for storage, name in files])
+        png: list[bytes] = []
+        for storage, name in files:
+            with open_shard(storage, name) as file:
+                for group in range(file.num_row_groups):
+                    png += [row["bytes"] for row in file.read_row_group(group, ["label_map"])["label_map"].to_pylist()]
+        view = np.array([VIEWS.index(v) for v in light["view"].to_pylist()], dtype=np.uint8)
+        spacing = [None if v is None else (float(v[0]), float(v[1])) for v in light["spacing_mm"].to_pylist()]
+        return MaskFrames(png, view, light["phase"].to_pylist(), light["patient_id"].to_pylist(), spacing)
+
+    def label_map(self, index: int) -> np.ndarray:
+        """Label map `index`, uint8 [H, W]."""
+        return decode_png(self.png[index], f"label map {index}")
 
 
 def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
