@@ -24,13 +24,15 @@ class Hooks:
     """What the outside world is told. Each is called on every rank; the caller decides which rank acts.
 
     log(metrics, step); sample(step): draw a grid with the averaged weights, which are in the model during the call;
-    step(report); should_stop(): asked after each step.
+    step(report); should_stop(): asked after each step; leaving(): asked with each log, on all ranks alike, whether a
+    machine is about to be taken away, so that a checkpoint is due now.
     """
 
     log: Callable[[dict[str, float], int], None] = lambda metrics, step: None
     sample: Callable[[int], None] = lambda step: None
     step: Callable[[StepReport], None] = lambda report: None
     should_stop: Callable[[], bool] = lambda: False
+    leaving: Callable[[], bool] = lambda: False
 
 
 def run(
@@ -72,12 +74,14 @@ def _run_once(
         window.add(report)
         hooks.step(report)
         step, last = report.step, report.step == config.num_steps
+        due = last or report.stop or step % config.checkpoint_every_steps == 0
         if last or step % config.log_every_steps == 0:
+            due = hooks.leaving() or due
             hooks.log(window.summary() | _costs(state), step)
             window = _Window(config.global_batch)
         if (last or step % config.validate_every_steps == 0) and objective.num_validation:
             hooks.log({"validation/loss": _validated(state, objective, config, parallel)}, step)
-        if last or report.stop or step % config.checkpoint_every_steps == 0:
+        if due:
             _save(state, store, parallel)
         if (last or step % config.sample_every_steps == 0) and not report.stop:
             with averaged(state), torch.no_grad():

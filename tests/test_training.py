@@ -333,6 +333,14 @@ def test_hooks_hear_at_their_steps(tmp_path: Path) -> None:
     assert any(k.startswith("train/loss_by_sigma/") for k in last)
 
 
+def test_a_machine_about_to_leave_gets_a_checkpoint_and_the_fit_goes_on(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, checkpoint_every_steps=1000, keep_checkpoints=5)
+    state, objective = make(config)
+    store = store_at(tmp_path, keep=5)
+    assert run(state, objective, config, store, hooks=Hooks(leaving=lambda: state.progress.step == 8))
+    assert store.steps() == [8, 20]
+
+
 def test_dropout_is_drawn_by_step_so_that_a_resume_repeats_it(tmp_path: Path) -> None:
     def with_dropout() -> tuple[TrainState, Objective]:
         objective = Objective()

@@ -163,6 +163,7 @@ def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencod
         "stage": stage.path,
         "frames": frames,
         "autoencoder": autoencoder,
+        "watch_preemption": _several_nodes(),
         "use_ray_data": size >= config.workers.ray_data_from_mb * 2**20,
     }
     report = _run_workers(config, stage, job, splits)
@@ -218,8 +219,16 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
     return report
 
 
+def _several_nodes() -> bool:
+    """On a single node there is nobody to go on when it is taken away: no watcher process is started then."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) > 1
+
+
 def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple[str, ...]) -> Any:
-    for key, value in TRAIN_ENVIRONMENT.items():
+    watch_preemption = "1" if job["watch_preemption"] else "0"
+    for key, value in {**TRAIN_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": watch_preemption}.items():
         os.environ.setdefault(key, value)
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer

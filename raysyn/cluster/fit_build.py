@@ -34,6 +34,7 @@ class WorkerJob:
     frames: str
     autoencoder: str = ""
     use_ray_data: bool = False
+    watch_preemption: bool = False
 
     @property
     def fit(self) -> FitConfig:

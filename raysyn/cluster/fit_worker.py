@@ -106,6 +106,21 @@ def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
         raise
 
 
+class _Leaving:
+    """True once for each news of a node that is about to be taken away (spot reclaim, drain); the same on all ranks."""
+
+    def __init__(self) -> None:
+        self.known: frozenset[str] = frozenset()
+
+    def __call__(self) -> bool:
+        import ray.train
+
+        news = ray.train.get_preemption_info()
+        nodes = frozenset(news.preempted_node_ids) if news is not None else frozenset()
+        new, self.known = not nodes <= self.known, self.known | nodes
+        return new
+
+
 class _Outside:
     """Progress display, MLflow and the stop file, seen from one rank; only rank 0 acts."""
 
@@ -127,9 +142,10 @@ class _Outside:
 
     def hooks(self) -> Hooks:
         """What `run` calls."""
+        leaving = _Leaving() if self.job.watch_preemption else lambda: False
         if self.parallel.rank != 0:
-            return Hooks()
-        return Hooks(self.tracker.log_metrics, self._sample, self._step, self._stop.is_set)
+            return Hooks(leaving=leaving)
+        return Hooks(self.tracker.log_metrics, self._sample, self._step, self._stop.is_set, leaving)
 
     def close(self, status: str) -> None:
         """End the MLflow run; waits a little for what is queued."""
