@@ -126,7 +126,7 @@ def test_models_are_the_six_and_know_their_own_config() -> None:
         assert (config.space, config.net.arch, config.precondition) == (spec.space, spec.arch, spec.precondition)
         assert config.sampler.solver == spec.solver
         assert config.latent_downscale == spec.latent_downscale
-    with pytest.raises(UserError, match=r"model\.precondition: 'edm' is not vp's"):
+    with pytest.raises(UserError, match=r"model\.net\.arch: 'adm' is not vp's"):
         MODELS["vp"].build(load_model("edm", "demo"), 64)
     with pytest.raises(UserError, match="image_size: 30 is not a multiple"):
         build_denoiser(load_model("edm_l64"), 30)
