@@ -82,7 +82,7 @@ def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[No
     if _board() is not None:
         yield
         return
-    board: Any = ray.remote(num_cpus=0)(_Board).options(name=BOARD, namespace="raysyn").remote()
+    board: Any = ray.remote(num_cpus=0)(_Board).options(name=BOARD, namespace="raysyn", get_if_exists=True).remote()
     stop = threading.Event()
 
     def lines() -> list[str]:
