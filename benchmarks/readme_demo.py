@@ -1,0 +1,64 @@
+"""Put a finished demo's table and picture into README: `python -m benchmarks.readme_demo runs/demo "note on the run"`."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import shutil
+import sys
+from pathlib import Path
+
+from raysyn.report.write import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+SHOWN = {
+    "trained_on": "trained on",
+    "model": "model",
+    "solver": "solver",
+    "num_function_evals": "evaluations",
+    "seconds_per_image": "s/image",
+    "fd_lite0": "FD lite0",
+    "lv_endo_dice": "LV endo",
+    "lv_epi_dice": "LV epi",
+    "la_dice": "LA",
+    "mean_dice": "mean Dice",
+    "view_accuracy": "view accuracy",
+}
+
+
+def table(path: Path) -> str:
+    """The CSV as a Markdown table."""
+    rows = [[_cell(row[c]) for c in SHOWN] for row in csv.DictReader(path.open())]
+    lines = [list(SHOWN.values()), ["---"] * len(SHOWN), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return text if value == int(value) and "." not in text else f"{value:.3f}" if value < 10 else f"{value:.0f}"
+
+
+def main(folder: str, note: str) -> None:
+    """Rewrite the part of README between the markers, and keep the CSV and the picture with it."""
+    report, kept = Path(folder) / "report", ROOT / "benchmarks" / "results"
+    kept.mkdir(exist_ok=True)
+    for name in ("table.csv", "controls.csv"):
+        shutil.copy(report / name, kept / f"demo_{name}")
+    shutil.copy(report / "pictures" / "hero.png", ROOT / "benchmarks" / "pictures" / "demo.png")
+    text = (
+        f"{table(report / 'table.csv')}\n\nTested on held-out phantom patients. {machine()}, "
+        f"{datetime.date.today().isoformat()}. {note}\n\n![phantom frames, warped label maps, and what each model drew]"
+        "(benchmarks/pictures/demo.png)"
+    )
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")
