@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 import time
 from typing import Any
 
+import numpy as np
+
 from raysyn.cluster.board import reporter
-from raysyn.cluster.stage import open_stage
+from raysyn.cluster.stage import StageDir, open_stage
 from raysyn.config import JobConfig, TaskConfig, fingerprint
-from raysyn.data.frames import read_arrays
+from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
 from raysyn.types import FrameArrays, Outcome, UserError
+
+TASK_VERSION = "task 2"  # goes up when a manifest gains a number, so that older ones are made again
+REALISM_VERSION = "realism 2"
 
 
 def set_fingerprint(uri: str) -> str:
@@ -30,12 +37,54 @@ def refuse_leak(sets: dict[str, FrameArrays], test: FrameArrays) -> None:
             )
 
 
-def load_sets(train_sets: list[str], real: str, task: TaskConfig) -> dict[str, FrameArrays]:
-    """{train, validation, test} and, where the task mixes them in, {real}: patients checked against the test's."""
+def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
+    """Patients of some splits of a frame set, from the columns without pictures."""
+    tables = [read_light(storage, name) for storage, name in frame_files(uri)]
+    pairs = [zip(t["split"].to_pylist(), t["patient_id"].to_pylist()) for t in tables]
+    return {patient for rows in pairs for split, patient in rows if split in splits}
+
+
+def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
+    """Raises UserError when the models behind synthetic sets (diffusion model, its autoencoder) were fitted on test patients.
+
+    The way back is by manifests: the set's names its model's folder, whose stage's names the frames it was fitted on
+    and its autoencoder. Where a set or model is not of our making the way ends, and its own patients are all there is.
+    """
+    tested = set(test.patient_id)
+    todo = [("", uri) for uri in train_sets]
+    seen: set[str] = set()
+    while todo:
+        what, uri = todo.pop()
+        storage = Storage.at(uri)
+        if uri in seen or not storage.exists("manifest.json"):
+            continue
+        seen.add(uri)
+        manifest = storage.read_json("manifest.json")
+        if what:
+            found = sorted(tested & patients_of(manifest["frames"], ("train", "validation")))
+            if found:
+                raise UserError(f"{uri}: this {what} was fitted on test patients ({', '.join(found[:3])}); refused")
+        for key in ("model_dir", "autoencoder"):
+            if manifest.get(key) and not (what and key == "model_dir"):
+                kind = "autoencoder" if key == "autoencoder" else "model"
+                todo.append((kind, Storage.at(manifest[key]).parent.uri))
+
+
+def load_sets(
+    train_sets: list[str], real: str, task: TaskConfig, *, min_faithfulness: float = 0.0
+) -> dict[str, FrameArrays]:
+    """{train, validation, test} and, where the task mixes them in, {real}: patients checked against the test's.
+
+    Synthetic frames of a known faithfulness below `min_faithfulness` are left out. Raises UserError for an empty set, a
+    leak, or images of several sizes.
+    """
     sets = {
-        "train": FrameArrays.concatenate([read_arrays(uri, "train") for uri in train_sets]),
+        "train": FrameArrays.concatenate([_faithful(uri, "train", min_faithfulness) for uri in train_sets]),
         "validation": FrameArrays.concatenate(
-            [read_arrays(uri, "validation") for uri in ([real] if task.validate_on == "real" else train_sets)]
+            [
+                _faithful(uri, "validation", min_faithfulness)
+                for uri in ([real] if task.validate_on == "real" else train_sets)
+            ]
         ),
     }
     if task.real_fraction > 0:
@@ -44,20 +93,43 @@ def load_sets(train_sets: list[str], real: str, task: TaskConfig) -> dict[str, F
     if len(test) == 0:
         raise UserError(f"{real}: no test frames; a task is tested on real frames of patients that no model saw")
     refuse_leak(sets, test)
+    refuse_lineage(train_sets, test)
+    sizes = sorted({some.image_u8.shape[1:] for some in (*sets.values(), test)})
+    if len(sizes) > 1:
+        raise UserError(f"{train_sets[0]}: frames of sizes {sizes} beside those of {real}; prepare them at one size")
     return {**sets, "test": test}
 
 
+def _faithful(uri: str, split: str, threshold: float) -> FrameArrays:
+    frames = read_arrays(uri, split)
+    if threshold <= 0:
+        return frames
+    known: dict[str, float | None] = {}
+    for storage, name in frame_files(uri, split):
+        light = read_light(storage, name)
+        known.update(zip(light["frame_id"].to_pylist(), light["faithfulness"].to_pylist()))
+    values = [known[name] for name in frames.frame_id]
+    kept = [i for i, value in enumerate(values) if value is None or value >= threshold]
+    if not kept:
+        raise UserError(f"{uri}: no {split} frame has a faithfulness of {threshold:g} or more; lower the threshold")
+    return frames.take(kept)
+
+
 def run_task(job: JobConfig, task: TaskConfig, train_sets: list[str], real: str) -> Outcome:
-    """Train `task` on frame sets and test it on `real`'s test split; skipped when it was done. Manifest: `scores`."""
-    key = fingerprint(task, [set_fingerprint(u) for u in train_sets], set_fingerprint(real))
+    """Train `task` on frame sets and test it on `real`'s test split; skipped when it was done.
+
+    Manifest: `scores`, and `model_dir`, the trained network (what `synthesize.segmenter_dir` and `run_realism` take).
+    """
+    key = fingerprint(TASK_VERSION, task, [set_fingerprint(u) for u in train_sets], set_fingerprint(real))
     stage = open_stage(job.storage, "task", key)
     done = stage.outcome()
     if done is not None:
         return done
+    from raysyn.metrics.cost import measured
     from raysyn.tasks.classification import evaluate_classification, train_classification
     from raysyn.tasks.segmentation import evaluate_segmentation, train_segmentation
 
-    started, cpu = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
     sets = load_sets(train_sets, real, task)
     report = reporter(f"{task.kind} on {len(sets['train'])} frames")
 
@@ -70,8 +142,12 @@ def run_task(job: JobConfig, task: TaskConfig, train_sets: list[str], real: str)
         if task.kind == "segmentation"
         else (train_classification, evaluate_classification)
     )
-    fitted = train(sets["train"], sets["validation"], task, real=sets.get("real"), report=progress)
-    scores = evaluate(fitted, sets["test"])
+    with measured(_on_gpu()) as cost:
+        fitted = train(sets["train"], sets["validation"], task, real=sets.get("real"), report=progress)
+        scores = evaluate(fitted, sets["test"])
+    with tempfile.TemporaryDirectory() as scratch:
+        fitted.save(scratch)
+        stage.storage.upload_tree(scratch, "model")
     return stage.finish(
         {
             "task": task.kind,
@@ -80,20 +156,87 @@ def run_task(job: JobConfig, task: TaskConfig, train_sets: list[str], real: str)
             "validation_score": fitted.best_score,
             "history": fitted.history,
             "num_train_frames": len(sets["train"]),
-            "cpu_seconds": round(time.process_time() - cpu, 3),
+            "model_dir": stage.storage.join("model").uri,
+            "cpu_seconds": round(cost.cpu_seconds, 3),
+            "gpu_seconds": round(cost.gpu_seconds, 3),
+            "cost": cost.columns(task.kind),
         }
     )
 
 
-def run_realism(job: JobConfig, train_set: str, real: str, extractor: str = "lite0") -> Outcome:
-    """Realism of a set's training frames against `real`'s held-out test frames (unseen by any model). Manifest: `scores`."""
-    stage = open_stage(
-        job.storage, "realism", fingerprint(extractor, set_fingerprint(train_set), set_fingerprint(real))
-    )
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run_realism(
+    job: JobConfig, train_set: str, real: str, extractor: str = "lite0", *, segmenter_dir: str = ""
+) -> Outcome:
+    """Measure a set's training frames against `real`'s held-out test frames, whose patients no model saw.
+
+    Manifest: `scores` (realism with the real-against-real baseline beside each; for a synthetic set memorisation, and
+    with `segmenter_dir`, a task model trained on real frames, faithfulness), `worst_pairs`, and where pairs were found
+    their picture `worst_pairs.png`.
+    """
+    key = fingerprint(REALISM_VERSION, extractor, set_fingerprint(train_set), set_fingerprint(real), segmenter_dir)
+    stage = open_stage(job.storage, "realism", key)
     done = stage.outcome()
     if done is not None:
         return done
-    from raysyn.metrics.realism import realism
+    from raysyn.metrics.memorisation import memorisation
+    from raysyn.metrics.realism import (
+        Measured,
+        baseline_distances,
+        check_enough,
+        described,
+        feature_distances,
+        free_distances,
+        open_extractor,
+    )
 
-    scores = realism(read_arrays(train_set, "train"), read_arrays(real, "test"), extractor)
-    return stage.finish({"scores": scores, "split": "train against test"})
+    frames, test = read_arrays(train_set, "train"), read_arrays(real, "test")
+    refuse_leak({train_set: frames}, test)
+    train = frames if train_set == real else read_arrays(real, "train")
+    check_enough(frames=frames, reference_frames=test, baseline_frames=train)
+    found = open_extractor(extractor)
+    b, c = (Measured(f, found.features(f.image_u8)) for f in (test, train))
+    a = c if train_set == real else Measured(frames, found.features(frames.image_u8))
+    scores: dict[str, Any] = {**feature_distances(a, b, found.name), **free_distances(frames, test)}
+    pairs: list[dict[str, Any]] = []
+    if train_set != real:
+        scores |= baseline_distances(a, c, b, found.name)
+        copied = memorisation(frames, train, test, (a.features, c.features, b.features))
+        pairs = copied.pop("worst_pairs")
+        scores |= {f"memorisation_{k}": v for k, v in copied.items()}
+        _picture_pairs(stage, frames, train, pairs)
+        if segmenter_dir:
+            scores |= faithfulness_scores(frames, segmenter_dir)
+    scores |= described(found, a, b)
+    return stage.finish({"scores": scores, "split": "train against test", "worst_pairs": pairs})
+
+
+def faithfulness_scores(frames: FrameArrays, segmenter_dir: str) -> dict[str, float]:
+    """Mean Dice of a real-trained segmenter's reading with the map asked for: `faithfulness` with a 95 % interval, `_sd`."""
+    from raysyn.cluster.model_store import local_copy
+    from raysyn.metrics.bootstrap import patient_interval
+    from raysyn.metrics.faithfulness import mean_region_dice
+    from raysyn.tasks.fitting import load_task
+    from raysyn.tasks.segmentation import predict_label_maps
+
+    segmenter = load_task(local_copy(segmenter_dir))
+    values = mean_region_dice(predict_label_maps(segmenter, frames.image_u8), frames.label_map)
+    low, high = patient_interval(values, frames.patient_id)
+    mean, sd = float(values.mean()), float(values.std())
+    return {"faithfulness": mean, "faithfulness_sd": sd, "faithfulness_low": low, "faithfulness_high": high}
+
+
+def _picture_pairs(stage: StageDir, frames: FrameArrays, train: FrameArrays, pairs: list[dict[str, Any]]) -> None:
+    from raysyn.report.grids import worst_pairs
+
+    row_of, train_row = ({name: i for i, name in enumerate(f.frame_id)} for f in (frames, train))
+    ours = np.stack([frames.image_u8[row_of[p["synthetic"]]] for p in pairs])
+    theirs = np.stack([train.image_u8[train_row[p["nearest"]]] for p in pairs])
+    picture = io.BytesIO()
+    worst_pairs(ours, theirs, [p["pixel_correlation"] for p in pairs]).save(picture, format="PNG")
+    stage.storage.write_atomic("worst_pairs.png", picture.getvalue())

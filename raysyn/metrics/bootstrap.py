@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,10 +24,40 @@ def patient_interval(
     return float(low), float(high)
 
 
+def patient_interval_of(
+    statistic: Callable[[np.ndarray], float],
+    patients: Sequence[str],
+    *,
+    num_draws: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Like `patient_interval` for any `statistic(frame numbers int64 [M])`; draws where it is NaN are left out."""
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    frames_of = [np.flatnonzero(owner == i) for i in range(len(names))]
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(num_draws):
+        drawn = rng.integers(0, len(names), len(names))
+        values.append(statistic(np.concatenate([frames_of[i] for i in drawn])))
+    finite = [v for v in values if np.isfinite(v)]
+    if not finite:
+        return float("nan"), float("nan")
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def subset_protocol(
     values: np.ndarray, *, num_draws: int = 1000, share: float = 0.8, seed: int = 0
 ) -> tuple[float, float]:
-    """The published protocol: mean and sd of the mean over random subsets of 80 % of the test set, without replacement."""
+    """The published protocol: mean and sd of the mean over random subsets of 80 % of the test set, without replacement.
+
+    NaN values are left out beforehand; with none left both are NaN.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     size = max(1, round(share * len(values)))
     means = [rng.permutation(values)[:size].mean() for _ in range(num_draws)]

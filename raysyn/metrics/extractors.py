@@ -31,12 +31,14 @@ class Extractor:
 
     @torch.inference_mode()
     def features(self, image_u8: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """float64 [N, D] for image_u8 [N, H, W]."""
+        """float64 [N, D] for image_u8 [N, H, W], N at least 1; on a GPU where there is one."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         parts = []
         for start in range(0, len(image_u8), batch_size):
             image = torch.from_numpy(image_u8[start : start + batch_size])[:, None].float() / 255
-            out = self.net(self.prepare(image))
-            parts.append((out[0] if isinstance(out, tuple) else out).double().numpy())
+            out = self.net(self.prepare(image).to(device).contiguous(memory_format=torch.channels_last))
+            parts.append((out[0] if isinstance(out, tuple) else out).double().cpu().numpy())
         return np.concatenate(parts)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from scipy.spatial.distance import cdist
+from scipy import ndimage, stats
 
 from raysyn.labels import LV_CAVITY, MYOCARDIUM, TISSUE
 from raysyn.metrics.extractors import Extractor, open_extractor
@@ -19,13 +19,18 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """‖μ_a−μ_b‖² + tr(Σ_a + Σ_b − 2(Σ_aΣ_b)^½) of feature sets [n, D] and [m, D], float64.
 
     tr((Σ_aΣ_b)^½) is the sum of the singular values of A·Bᵀ for centred sets A, B scaled by 1/√(n−1): exact, stable and
-    cheap where there are fewer frames than features.
+    cheap where there are fewer frames than features; where there are more, A and B are replaced by their R factors.
     """
-    centred_a = (a - a.mean(0)) / np.sqrt(len(a) - 1)
-    centred_b = (b - b.mean(0)) / np.sqrt(len(b) - 1)
-    cross = np.linalg.svd(centred_a @ centred_b.T, compute_uv=False).sum()
+    centred_a, centred_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    small_a, small_b = _factor(centred_a), _factor(centred_b)
+    cross = np.linalg.svd(small_a @ small_b.T, compute_uv=False).sum()
     spread = (centred_a**2).sum() + (centred_b**2).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread - 2 * cross)
+
+
+def _factor(x: np.ndarray) -> np.ndarray:
+    """x, or where it has more rows than columns the R of its QR decomposition: RᵀR = xᵀx."""
+    return np.asarray(np.linalg.qr(x, mode="r")) if len(x) > x.shape[1] else x
 
 
 def kernel_distance(
@@ -44,10 +49,19 @@ def kernel_distance(
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, nearest: int = 5) -> dict[str, float]:
-    """Precision, recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797) by k-nearest-neighbour balls."""
-    radius_real = np.sort(cdist(real, real), axis=1)[:, nearest]
-    radius_fake = np.sort(cdist(fake, fake), axis=1)[:, nearest]
-    distance = cdist(real, fake)
+    """Precision, recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797) by k-nearest-neighbour balls.
+
+    Raises UserError for fewer than `nearest` + 1 rows in a set.
+    """
+    for name, rows in (("real", real), ("generated", fake)):
+        if len(rows) <= nearest:
+            raise UserError(
+                f"{name} frames: {len(rows)} are too few for precision and recall, which need {nearest + 1}"
+            )
+    # Of a frame's distances within its own set the smallest, to itself, is 0: the k-th neighbour is at place k.
+    radius_real = np.partition(_squared_distances(real, real), nearest, axis=1)[:, nearest]
+    radius_fake = np.partition(_squared_distances(fake, fake), nearest, axis=1)[:, nearest]
+    distance = _squared_distances(real, fake)
     within_real = distance < radius_real[:, None]
     return {
         "precision": float(within_real.any(0).mean()),
@@ -55,6 +69,16 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, nearest: int = 5) -> di
         "density": float(within_real.sum(0).mean() / nearest),
         "coverage": float((distance.min(1) < radius_real).mean()),
     }
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances float64 [n, m] by one matrix product; equal rows of one set are at 0."""
+    origin = a.mean(0)  # of the shared mean nothing is left to cancel
+    x, y = a - origin, b - origin
+    squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * (x @ y.T)
+    if a is b:
+        np.fill_diagonal(squares, 0)
+    return np.maximum(squares, 0)
 
 
 def histogram_distance(a: FrameArrays, b: FrameArrays) -> float:
@@ -96,11 +120,53 @@ def speckle_snr(frames: FrameArrays) -> dict[str, float]:
     return found
 
 
-def ssim_diversity(frames: FrameArrays, *, num_pairs: int = 200, seed: int = 0) -> float:
-    """1 − mean structural similarity of random pairs of one view (arXiv:1610.09585 with SSIM at two scales): 0 is collapse."""
-    import torch
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of scales 1 to 5, finest first (Wang 2003)
+SSIM_WINDOW, SSIM_SD = 11, 1.5
 
+
+def ms_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Multi-scale structural similarity (Wang 2003) of image pairs uint8 [N, H, W] each, float64 [N] in [0, 1].
+
+    Gaussian window of 11 px, no padding, 2x2 means between scales. Up to five scales: as many as leave room for the
+    window (3 at 64 px), their weights rescaled to sum to 1. Negative contrast terms count as 0.
+    """
+    scales = max(1, min(len(SSIM_WEIGHTS), int(np.log2(min(a.shape[1:]) / SSIM_WINDOW)) + 1))
+    weights = np.array(SSIM_WEIGHTS[:scales]) / sum(SSIM_WEIGHTS[:scales])
+    x, y = a.astype(np.float64) / 255, b.astype(np.float64) / 255
+    result = np.ones(len(x))
+    for scale, weight in enumerate(weights):
+        luminance, contrast = _ssim_terms(x, y)
+        term = (luminance * contrast).mean((1, 2)) if scale == scales - 1 else contrast.mean((1, 2))
+        result *= term.clip(min=0) ** weight
+        x, y = _halved(x), _halved(y)
+    return result
+
+
+def _ssim_terms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    window = np.exp(-(offsets**2) / (2 * SSIM_SD**2))
+    window /= window.sum()
+    half = SSIM_WINDOW // 2
+
+    def mean(z: np.ndarray) -> np.ndarray:
+        rows = ndimage.correlate1d(z, window, axis=1)
+        return ndimage.correlate1d(rows, window, axis=2)[:, half:-half, half:-half]
+
+    c1, c2 = 0.01**2, 0.03**2
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance, (2 * covariance + c2) / (var_x + var_y + c2)
+
+
+def _halved(x: np.ndarray) -> np.ndarray:
+    n, height, width = x.shape
+    return x[:, : height // 2 * 2, : width // 2 * 2].reshape(n, height // 2, 2, width // 2, 2).mean((2, 4))
+
+
+def ssim_diversity(frames: FrameArrays, *, num_pairs: int = 200, seed: int = 0) -> float:
+    """1 − mean MS-SSIM of random pairs of one view (arXiv:1610.09585): 0 is collapse. NaN without two frames of a view."""
     rng = np.random.default_rng(seed)
     pairs = []
     for view in np.unique(frames.view):
@@ -109,36 +175,105 @@ def ssim_diversity(frames: FrameArrays, *, num_pairs: int = 200, seed: int = 0) 
             pairs += [rng.choice(index, 2, replace=False) for _ in range(num_pairs // 2)]
     if not pairs:
         return float("nan")
-    a, b = (torch.from_numpy(frames.image_u8[np.array([p[i] for p in pairs])])[:, None].float() / 255 for i in (0, 1))
-    similar = ms_ssim(a, b, data_range=1.0, kernel_size=5, betas=(0.5, 0.5), normalize="relu")
-    return 1 - float(similar)
+    first, second = np.array(pairs).T
+    return float(1 - ms_ssim(frames.image_u8[first], frames.image_u8[second]).mean())
 
 
-def realism(frames: FrameArrays, reference: FrameArrays, extractor: str | Extractor = "lite0") -> dict[str, Any]:
-    """All measures of `frames` against `reference`; the feature distances carry the extractor's name.
+@dataclass(frozen=True)
+class Measured:
+    """Frames with their features float64 [N, D] by one extractor, so that they are computed once."""
 
-    Raises UserError for fewer frames than an estimator needs.
-    """
-    for name, some in (("frames", frames), ("reference frames", reference)):
-        if len(some) < MIN_FRAMES:
-            raise UserError(f"{name}: {len(some)} are too few for a realism measure, which needs {MIN_FRAMES}")
-    found = extractor if isinstance(extractor, Extractor) else open_extractor(extractor)
-    a, b = found.features(frames.image_u8), found.features(reference.image_u8)
-    kd, kd_sd = kernel_distance(a, b)
+    frames: FrameArrays
+    features: np.ndarray
+
+
+def feature_distances(frames: Measured, reference: Measured, name: str) -> dict[str, float]:
+    """Fréchet and kernel distance, precision, recall, density, coverage, each with the extractor's `name` in its own."""
+    kd, kd_sd = kernel_distance(frames.features, reference.features)
+    return {
+        f"fd_{name}": frechet_distance(frames.features, reference.features),
+        f"kd_{name}": kd,
+        f"kd_{name}_sd": kd_sd,
+        **{f"{k}_{name}": v for k, v in precision_recall(reference.features, frames.features).items()},
+    }
+
+
+def free_distances(frames: FrameArrays, reference: FrameArrays) -> dict[str, float]:
+    """What needs no extractor: grey levels, texture, speckle, diversity."""
     mine, theirs = speckle_snr(frames), speckle_snr(reference)
     return {
-        f"fd_{found.name}": frechet_distance(a, b),
-        f"kd_{found.name}": kd,
-        f"kd_{found.name}_sd": kd_sd,
-        **{f"{k}_{found.name}": v for k, v in precision_recall(b, a).items()},
         "histogram_wasserstein": histogram_distance(frames, reference),
         "spectrum_distance": spectrum_distance(frames, reference),
         "ssim_diversity": ssim_diversity(frames),
+        "ssim_diversity_reference": ssim_diversity(reference),
         **{f"speckle_snr_{k}": v for k, v in mine.items()},
         **{f"speckle_snr_{k}_reference": v for k, v in theirs.items()},
-        "extractor": found.name,
-        "extractor_sha256": found.sha256,
-        "preprocessing": found.preprocessing,
-        "num_frames": len(frames),
-        "num_reference_frames": len(reference),
+    }
+
+
+def baseline_distances(frames: Measured, real: Measured, reference: Measured, name: str) -> dict[str, float]:
+    """Real against real with the same n: the floor that no generator can be expected to go below.
+
+    `real` (say, training patients) takes the place of `frames` against the same `reference`. Feature distances shrink
+    with n, so both are cut (by seed 0) to the smaller n, `baseline_num_frames`; where that cuts `frames`, their own
+    distance at that n stands beside as `fd_<extractor>_at_baseline`.
+    """
+    n = min(len(frames.features), len(real.features))
+    floor = feature_distances(_some(real, n), reference, name)
+    found = {f"{key}_baseline": value for key, value in floor.items()}
+    for key in ("histogram_wasserstein", "spectrum_distance"):
+        measure = histogram_distance if key == "histogram_wasserstein" else spectrum_distance
+        found[f"{key}_baseline"] = measure(real.frames, reference.frames)
+    found["baseline_num_frames"] = n
+    if n < len(frames.features):
+        found[f"fd_{name}_at_baseline"] = frechet_distance(_some(frames, n).features, reference.features)
+    return found
+
+
+def _some(measured: Measured, n: int) -> Measured:
+    chosen = np.sort(np.random.default_rng(0).permutation(len(measured.features))[:n])
+    return Measured(measured.frames.take(chosen), measured.features[chosen])
+
+
+def realism(
+    frames: FrameArrays,
+    reference: FrameArrays,
+    extractor: str | Extractor = "lite0",
+    *,
+    real: FrameArrays | None = None,
+) -> dict[str, Any]:
+    """All measures of `frames` against `reference`, and of `real` frames of other patients as the `_baseline`.
+
+    Feature distances carry the extractor's name. With fewer frames than features (1280 of lite0) the Fréchet distance is
+    biased upwards: compare sets of one n only. Raises UserError for fewer frames than an estimator needs.
+    """
+    check_enough(frames=frames, reference_frames=reference, **({} if real is None else {"baseline_frames": real}))
+    found = extractor if isinstance(extractor, Extractor) else open_extractor(extractor)
+    a, b = (Measured(f, found.features(f.image_u8)) for f in (frames, reference))
+    scores: dict[str, Any] = {**feature_distances(a, b, found.name), **free_distances(frames, reference)}
+    if real is not None:
+        scores |= baseline_distances(a, Measured(real, found.features(real.image_u8)), b, found.name)
+    return {**scores, **described(found, a, b)}
+
+
+def check_enough(**sets: FrameArrays) -> None:
+    """Raise UserError for a set of fewer frames than the estimators need, or of another image size than the rest."""
+    for name, some in sets.items():
+        if len(some) < MIN_FRAMES:
+            words = name.replace("_", " ")
+            raise UserError(f"{words}: {len(some)} are too few for a realism measure, which needs {MIN_FRAMES}")
+    sizes = sorted({some.image_u8.shape[1:] for some in sets.values()})
+    if len(sizes) > 1:
+        raise UserError(f"frame sets of different image sizes cannot be compared: {sizes}; prepare them at one size")
+
+
+def described(extractor: Extractor, frames: Measured, reference: Measured) -> dict[str, Any]:
+    """What the numbers were taken with: extractor, its weights' hash, preprocessing, n of each set."""
+    return {
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "preprocessing": extractor.preprocessing,
+        "num_features": frames.features.shape[1],
+        "num_frames": len(frames.features),
+        "num_reference_frames": len(reference.features),
     }

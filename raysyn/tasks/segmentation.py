@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from raysyn.config import TaskConfig
 from raysyn.labels import TASK_CLASSES, TASK_REGIONS, to_task_classes
-from raysyn.metrics.bootstrap import patient_interval
+from raysyn.metrics.bootstrap import patient_interval, subset_protocol
+from raysyn.metrics.function import METHODS, ejection_fraction_errors
 from raysyn.metrics.overlap import dice_by_region, hausdorff
 from raysyn.tasks.fitting import FittedTask, Report, fit_task
 from raysyn.tasks.mixing import mix_frames
@@ -72,19 +73,22 @@ def mean_dice(by_region: dict[str, np.ndarray]) -> float:
 
 
 def evaluate_segmentation(fitted: FittedTask, test: FrameArrays, *, seed: int = 0) -> dict[str, Any]:
-    """Scores on held-out frames: Dice and Hausdorff by region, each with mean, sd and a 95 % interval over patients.
+    """Scores on held-out frames, each a mean with sd and a 95 % interval over patients.
 
-    Keys: `<region>_dice`, `<region>_dice_sd`, `_low`, `_high`, `mean_dice` (+ interval), `<region>_hausdorff_<unit>`,
-    `<region>_hd95_<unit>`; unit is mm where every spacing is known, else px.
+    Keys: `<region>_dice`, `<region>_dice_sd`, `_low`, `_high`, `mean_dice` (+ interval), the published protocol's
+    `<region>_dice_protocol_mean` and `_protocol_sd`, `<region>_hausdorff_<unit>`, `<region>_hd95_<unit>` (unit: mm where
+    every spacing is known, else px), and where the frames hold ED with ES `<rule>_ef_*`, errors of the ejection fraction.
     """
     predicted, truth = predict_label_maps(fitted, test.image_u8), to_task_classes(test.label_map)
     dice = dice_by_region(predicted, truth)
     scores: dict[str, Any] = {"num_frames": len(test)}
     for region, values in dice.items():
         scores |= _summary(f"{region}_dice", values, test.patient_id, seed)
-    per_frame = np.nanmean(np.stack(list(dice.values())), axis=0)
+        scores |= _protocol(f"{region}_dice", values, seed)
+    per_frame = _mean_over_regions(dice)
     low, high = patient_interval(per_frame, test.patient_id, seed=seed)
     scores |= {"mean_dice": mean_dice(dice), "mean_dice_low": low, "mean_dice_high": high}
+    scores |= _protocol("mean_dice", per_frame, seed)
     known = bool(np.isfinite(test.spacing_mm).all())
     unit = "mm" if known else "px"
     for region in TASK_REGIONS:
@@ -92,7 +96,23 @@ def evaluate_segmentation(fitted: FittedTask, test: FrameArrays, *, seed: int = 
         full, most = hausdorff(predicted, truth, region, spacing)
         scores |= _summary(f"{region}_hausdorff_{unit}", full, test.patient_id, seed)
         scores |= _summary(f"{region}_hd95_{unit}", most, test.patient_id, seed)
+    for method in METHODS:
+        errors = ejection_fraction_errors(predicted, truth, test, method, seed=seed)
+        scores |= {f"{method}_{key}": value for key, value in errors.items()}
     return scores
+
+
+def _mean_over_regions(by_region: dict[str, np.ndarray]) -> np.ndarray:
+    """Mean over a frame's regions, float64 [N]; regions absent from both left out, NaN where all are."""
+    values = np.stack(list(by_region.values()))
+    known = np.isfinite(values)
+    total = np.where(known, values, 0).sum(0)
+    return np.divide(total, known.sum(0), out=np.full(values.shape[1], np.nan), where=known.any(0))
+
+
+def _protocol(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+    mean, sd = subset_protocol(values, seed=seed)
+    return {f"{name}_protocol_mean": mean, f"{name}_protocol_sd": sd}
 
 
 def _summary(name: str, values: np.ndarray, patients: list[str], seed: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import roc_auc_score
 
-from raysyn.metrics.bootstrap import patient_interval, subset_protocol
+from raysyn.metrics.bootstrap import patient_interval, patient_interval_of, subset_protocol
 from raysyn.metrics.classify import auroc, calibration_error
 from raysyn.metrics.faithfulness import mean_region_dice
 from raysyn.metrics.overlap import dice, dice_by_region, hausdorff
@@ -87,6 +87,20 @@ def test_the_bootstrap_leaves_nan_out() -> None:
     values = np.array([1.0, np.nan, 1.0, np.nan])
     assert patient_interval(values, ["a", "a", "b", "c"]) == (1.0, 1.0)
     assert all(math.isnan(v) for v in patient_interval(np.array([np.nan]), ["a"]))
+
+
+def test_the_general_bootstrap_is_the_quick_one_for_a_mean() -> None:
+    rng = np.random.default_rng(0)
+    values, patients = rng.normal(size=80), [f"p{i // 4}" for i in range(80)]
+    quick = patient_interval(values, patients, num_draws=4000)
+    general = patient_interval_of(lambda index: float(values[index].mean()), patients, num_draws=4000)
+    assert general == pytest.approx(quick, abs=0.03)
+    assert all(math.isnan(v) for v in patient_interval_of(lambda index: math.nan, patients, num_draws=5))
+
+
+def test_the_protocol_leaves_nan_out() -> None:
+    assert subset_protocol(np.array([1.0, np.nan, 1.0])) == (1.0, 0.0)
+    assert all(math.isnan(v) for v in subset_protocol(np.array([np.nan])))
 
 
 def test_the_published_protocol_has_the_sd_of_sampling_without_replacement() -> None:

@@ -12,6 +12,7 @@ from raysyn.metrics.realism import (
     frechet_distance,
     histogram_distance,
     kernel_distance,
+    ms_ssim,
     precision_recall,
     realism,
     speckle_snr,
@@ -110,6 +111,54 @@ def test_a_collapsed_set_has_no_diversity(sets) -> None:
     same = a.take([0] * 20 + [2] * 20)
     assert ssim_diversity(same) == pytest.approx(0, abs=1e-3)
     assert ssim_diversity(a) > 0.2
+
+
+def test_frechet_distance_of_more_frames_than_features_is_the_same_by_its_factors() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0, 1, (500, 3)), rng.normal(0, 2, (4, 3))
+    s_a, s_b = np.cov(a.T), np.cov(b.T)
+    cross = linalg.sqrtm(s_a @ s_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_a + s_b - 2 * cross)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_between_gaussians_in_closed_form() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(0, 1, (40_000, 4)), rng.normal(0.5, 3, (40_000, 4))
+    assert frechet_distance(a, b) == pytest.approx(4 * 0.25 + 4 * (3 - 1) ** 2, rel=0.02)
+
+
+def test_ms_ssim_is_torchmetrics() -> None:
+    import torch
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    rng = np.random.default_rng(0)
+    a = ndimage.gaussian_filter(rng.uniform(0, 255, (3, 192, 192)), (0, 2, 2)).astype(np.uint8)
+    b = np.clip(a + rng.normal(0, 6, a.shape), 0, 255).astype(np.uint8)
+    x, y = (torch.from_numpy(v)[:, None].double() / 255 for v in (a, b))
+    theirs = multiscale_structural_similarity_index_measure(x, y, data_range=1.0, normalize="relu", reduction="none")
+    assert ms_ssim(a, b) == pytest.approx(theirs.numpy(), abs=2e-3)
+    assert ms_ssim(a, a) == pytest.approx(np.ones(3))
+
+
+def test_the_baseline_is_real_against_real_of_the_same_n(sets) -> None:
+    a, b, blurred = sets
+    found = realism(blurred.take(range(20)), a, real=b)
+    assert found["baseline_num_frames"] == 20
+    assert found["fd_lite0"] > 1.5 * found["fd_lite0_baseline"] > 0
+    assert "fd_lite0_at_baseline" not in found
+    cut = realism(blurred, a, real=b.take(range(16)))
+    assert cut["baseline_num_frames"] == 16
+    assert cut["fd_lite0_at_baseline"] > cut["fd_lite0_baseline"]
+    assert found["spectrum_distance"] > found["spectrum_distance_baseline"]
+
+
+def test_sets_of_two_sizes_are_refused(sets) -> None:
+    a = sets[0]
+    small = a.take(range(8))
+    small.image_u8, small.label_map = small.image_u8[:, ::2, ::2], small.label_map[:, ::2, ::2]
+    with pytest.raises(UserError, match="different image sizes"):
+        realism(small, a)
 
 
 def test_too_few_frames_name_the_number_needed(sets) -> None:

@@ -1,0 +1,134 @@
+"""Task and measuring runs on small sets, without a cluster: what they write, and the leaks that they refuse."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from raysyn.cluster import task_runs
+from raysyn.cluster.task_runs import load_sets, patients_of, refuse_lineage, run_realism, run_task
+from raysyn.config import JobConfig, TaskConfig
+from raysyn.data.frames import read_arrays, write_frames
+from raysyn.data.phantom import phantom_patient
+from raysyn.data.storage import Storage
+from raysyn.tasks.fitting import load_task
+from raysyn.types import Frame, Provenance, UserError
+
+TASK = TaskConfig(arch="unet:small", width=4, num_steps=4, batch_size=8, lr=1e-2)
+
+
+def write_set(path, patients: dict[str, range], *, size: int = 64, manifest: dict | None = None, change=None) -> str:
+    storage = Storage.at(path)
+    for split, numbers in patients.items():
+        frames = [f for p in numbers for f in phantom_patient(0, p, size, split)]
+        write_frames(storage, f"{split}/shard-00000.parquet", [change(f) if change else f for f in frames])
+    if manifest is not None:
+        storage.write_json("manifest.json", manifest)
+    return storage.uri
+
+
+def synthetic(frame: Frame) -> Frame:
+    """A smoother picture of the frame's own map; ES frames read badly."""
+    from scipy import ndimage
+
+    provenance = Provenance("m", "0" * 64, frame.frame_id, 0, 0, "heun", 5, 9, faithfulness=_faith(frame))
+    image = ndimage.gaussian_filter(frame.image, 1.0) * (frame.label_map != 0)
+    return dataclasses.replace(
+        frame, frame_id=f"s-{frame.frame_id}", image=image.astype(np.uint8), source="synthetic", provenance=provenance
+    )
+
+
+def _faith(frame: Frame) -> float:
+    return 0.9 if frame.phase == "ED" else 0.3
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("sets")
+    real = write_set(
+        folder / "real",
+        {"train": range(4), "validation": range(4, 6), "test": range(6, 10)},
+        manifest={"fingerprint": "real"},
+    )
+    made = write_set(
+        folder / "made",
+        {"train": range(4), "validation": range(4, 6)},
+        manifest={"fingerprint": "made"},
+        change=synthetic,
+    )
+    return real, made
+
+
+@pytest.fixture(autouse=True)
+def no_board(monkeypatch) -> None:
+    monkeypatch.setattr(task_runs, "reporter", lambda key: lambda status: None)
+
+
+def test_a_task_run_keeps_its_network_and_is_skipped_when_done(sets, tmp_path) -> None:
+    real, made = sets
+    job = JobConfig(storage=str(tmp_path))
+    first = run_task(job, TASK, [made], real)
+    assert 0 <= first.manifest["scores"]["mean_dice"] <= 1
+    assert first.manifest["cpu_seconds"] > 0
+    assert first.manifest["cost"]["cost/segmentation_peak_memory_mb"] > 1
+    assert load_task(first.manifest["model_dir"]).task.width == 4
+    assert run_task(job, TASK, [made], real).skipped
+    assert not run_task(job, dataclasses.replace(TASK, seed=1), [made], real).skipped
+
+
+def test_measures_of_a_synthetic_set_hold_baseline_copies_and_faithfulness(sets, tmp_path) -> None:
+    real, made = sets
+    job = JobConfig(storage=str(tmp_path))
+    segmenter = run_task(job, TASK, [real], real).manifest["model_dir"]
+    outcome = run_realism(job, made, real, segmenter_dir=segmenter)
+    scores = outcome.manifest["scores"]
+    assert scores["fd_lite0"] > scores["fd_lite0_baseline"] > 0
+    assert scores["baseline_num_frames"] == scores["num_frames"] == 16
+    assert 0 <= scores["faithfulness_low"] <= scores["faithfulness"] <= scores["faithfulness_high"] <= 1
+    assert scores["memorisation_nearest_pixel_correlation"] > scores["memorisation_nearest_pixel_correlation_baseline"]
+    pairs = outcome.manifest["worst_pairs"]
+    assert len(pairs) == 16
+    assert all(p["synthetic"] == f"s-{p['nearest']}" and p["same_mask"] for p in pairs[:3])
+    assert Storage.at(outcome.path).read_bytes("worst_pairs.png")[:4] == b"\x89PNG"
+    own = run_realism(job, real, real)
+    assert own.manifest["scores"]["fd_lite0"] == pytest.approx(scores["fd_lite0_baseline"])
+    assert own.manifest["worst_pairs"] == []
+
+
+def test_frames_below_the_faithfulness_asked_for_are_left_out(sets) -> None:
+    real, made = sets
+    found = load_sets([made], real, TASK, min_faithfulness=0.5)
+    assert len(found["train"]) == 8
+    assert set(found["train"].phase) == {0}
+    assert len(load_sets([real], real, TASK, min_faithfulness=0.5)["train"]) == 16  # real ones have none
+    with pytest.raises(UserError, match=r"faithfulness of 0\.95 or more"):
+        load_sets([made], real, TASK, min_faithfulness=0.95)
+
+
+def test_a_model_fitted_on_test_patients_is_refused_whatever_it_drew(sets, tmp_path) -> None:
+    real, _ = sets
+    other = write_set(tmp_path / "other", {"train": range(6, 8)}, manifest={"fingerprint": "other"})
+    assert patients_of(other, ("train",)) & patients_of(real, ("test",))
+    for stage, manifest in (
+        ("vae_bad", {"frames": other}),
+        ("fit_good", {"frames": real}),
+        ("fit_bad", {"frames": other}),
+        ("fit_on_vae_bad", {"frames": real, "autoencoder": str(tmp_path / "vae_bad" / "model")}),
+    ):
+        Storage.at(tmp_path / stage).write_json("manifest.json", manifest)
+    test = read_arrays(real, "test")
+    for stage, kind in (("fit_good", ""), ("fit_bad", "model"), ("fit_on_vae_bad", "autoencoder")):
+        manifest = {"fingerprint": stage, "model_dir": str(tmp_path / stage / "model")}
+        drawn = write_set(tmp_path / f"set_{stage}", {"train": range(2)}, manifest=manifest, change=synthetic)
+        if not kind:
+            refuse_lineage([drawn], test)
+            continue
+        with pytest.raises(UserError, match=rf"this {kind} was fitted on test patients"):
+            refuse_lineage([drawn], test)
+
+
+def test_sets_of_two_sizes_are_refused(sets, tmp_path) -> None:
+    real, _ = sets
+    small = write_set(tmp_path / "small", {"train": range(2), "validation": range(4, 5)}, size=32)
+    with pytest.raises(UserError, match="prepare them at one size"):
+        load_sets([small], real, TASK)
