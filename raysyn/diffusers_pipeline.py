@@ -21,7 +21,12 @@ from raysyn.types import UserError
 
 
 class SemanticDiffusionPipeline(DiffusionPipeline):
-    """Label maps to echocardiogram frames. `from_pretrained(folder)` reads what `jobs/fit.py` wrote."""
+    """Label maps to echocardiogram frames. `from_pretrained(folder)` reads what `jobs/fit.py` wrote.
+
+    Load it through this class. Plain `diffusers.DiffusionPipeline.from_pretrained` looks for pipeline classes inside
+    diffusers only (or in code shipped with the weights, which a model folder of ours never has) and ends in an
+    AttributeError that names this class.
+    """
 
     _optional_components = ["vae"]
 
@@ -41,15 +46,22 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
         """Read a model folder (any of diffusers' options may be given)."""
         return super().from_pretrained(folder, **{"low_cpu_mem_usage": False, **options})
 
-    def save_pretrained(self, save_directory: str | Path, **facts: Any) -> None:
-        """Write a model folder; the weights at hand stand for both the averaged and the raw ones."""
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **facts: Any) -> None:
+        """Write a model folder, `facts` in its card; the weights at hand stand for the averaged and the raw ones.
+
+        Always safetensors, whole and local: raises UserError for diffusers' options that ask for anything else.
+        """
+        refused = sorted(set(facts) & {"variant", "push_to_hub", "max_shard_size"})
+        if refused or not safe_serialization:
+            what = ", ".join(refused) or "safe_serialization=False"
+            raise UserError(f"save_pretrained: {what} is not offered; a model folder is local and holds safetensors")
         model = self.model
         save_model(save_directory, self.unet, self.unet, model.codec, model.config, model.image_size, facts)
 
     def __call__(
         self,
         label_maps: np.ndarray,
-        views: Sequence[str],
+        views: Sequence[str] | str | None = None,
         seeds: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
         solver: str | None = None,
@@ -58,9 +70,13 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
     ) -> Any:
         """label_maps uint8 [B, H, W] with values 0 to 4, one of 2CH and 4CH each -> uint8 [B, H, W], or PIL images.
 
+        Without `views` the maps say the view: 0 to 4 is 2CH, 5 to 9 the same structures in 4CH (the conditioning's
+        channels, `raysyn.labels.semantic_index`). `seeds` one a map (0, 1, … unless given); `output_type` np or pil.
         The same seed and map give the same image in any batch on the same kind of device. Raises UserError for label
         values outside the set or a map of the wrong size.
         """
+        if output_type not in ("np", "pil"):
+            raise UserError(f"output_type: {output_type!r} is not one of np, pil")
         maps, view = check_maps(label_maps, views, self.model.image_size)
         seeds = range(len(maps)) if seeds is None else seeds
         changes = {"num_steps": num_inference_steps, "solver": solver, "guidance_scale": guidance_scale}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from raysyn.config import ModelConfig
+from raysyn.diffusion.generate import num_network_evals
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
+from raysyn.diffusion.solvers import num_function_evals
+from raysyn.labels import NUM_CHANNELS
 from raysyn.nets.gamma_vae import GammaVAE
 from raysyn.nets.unet import SemanticUNet
 from raysyn.types import UserError
@@ -68,6 +73,39 @@ def build_denoiser(config: ModelConfig, image_size: int) -> Denoiser:
     with torch.device("cpu"):  # its few numbers are wanted even where the net is only counted, on the meta device
         precondition = PRECONDITIONINGS[config.precondition]()
     return Denoiser(net, precondition)
+
+
+def describe(config: ModelConfig, image_size: int) -> dict[str, float]:
+    """What an untrained model costs, counted on the meta device without memory or arithmetic.
+
+    `parameters` of the diffusion net; `gflops_per_evaluation` of one network evaluation of one image, `gflops_modulations`
+    the part of it that depends on the map alone (paid once an image with a cache); `network_evaluations` an image by the
+    config's own sampler; `vae_parameters`, `gflops_decode` (0 for pixel models). A multiply-add is two operations.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def gflops(work: Callable[[], Any]) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            work()
+        return float(counter.get_total_flops()) / 1e9
+
+    size, sampler = model_size(config, image_size), config.sampler
+    with torch.device("meta"):
+        net = build_denoiser(config, image_size).net.eval()
+        channels = config.vae.latent_channels if config.space == "latent" else 1
+        x, c_noise = torch.zeros(1, channels, size, size), torch.zeros(1)
+        maps, sector = torch.zeros(1, NUM_CHANNELS, image_size, image_size), torch.zeros(1, 1, image_size, image_size)
+        vae = build_vae(config).eval() if config.space == "latent" else None
+        return {
+            "parameters": float(sum(p.numel() for p in net.parameters())),
+            "gflops_per_evaluation": gflops(lambda: net(x, c_noise, maps)),
+            "gflops_modulations": gflops(lambda: net.modulations(maps)),  # type: ignore[operator]
+            "network_evaluations": float(
+                num_network_evals(sampler, num_function_evals(sampler.solver, sampler.num_steps))
+            ),
+            "vae_parameters": float(sum(p.numel() for p in vae.parameters())) if vae is not None else 0.0,
+            "gflops_decode": gflops(lambda: vae.decode(x, sector)) if vae is not None else 0.0,
+        }
 
 
 def build_vae(config: ModelConfig) -> GammaVAE:

@@ -22,12 +22,12 @@ from raysyn.compose import build
 from raysyn.config import ModelConfig, SamplerConfig, to_dict
 from raysyn.diffusion.generate import generate
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
-from raysyn.labels import check_label_map, semantic_index, view_index
+from raysyn.labels import NUM_CHANNELS, STRUCTURES, check_label_map, semantic_index, view_index
 from raysyn.nets.codecs import Codec, LatentCodec, PixelCodec
 from raysyn.nets.gamma_vae import GammaVAE
 from raysyn.nets.spade import one_hot_from_index
 from raysyn.nets.unet import SemanticUNet
-from raysyn.types import UserError
+from raysyn.types import VIEWS, UserError
 
 FORMAT = 1
 
@@ -135,7 +135,10 @@ def load_model_dir(folder: str | Path) -> FittedModel:
         raise UserError(f"{folder}/model.json: cannot be read ({error})") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or "config" not in saved:
         raise UserError(f"{folder}/model.json: not a model of this version (format {FORMAT}); fit it again")
-    config = build(ModelConfig, saved["config"])
+    try:
+        config = build(ModelConfig, saved["config"])
+    except UserError as error:
+        raise UserError(f"{folder}/model.json: {error}") from None
     try:
         unet = _load_part(SemanticUNet, folder / "unet")
         codec: Codec = LatentCodec(_load_part(GammaVAE, folder / "vae")) if config.space == "latent" else PixelCodec()
@@ -176,14 +179,45 @@ from raysyn.pipeline import SemanticDiffusionPipeline
 pipeline = SemanticDiffusionPipeline.from_pretrained("this folder")
 images = pipeline(label_maps, views, seeds=[0, 1], num_inference_steps={config.sampler.num_steps})
 ```
+It needs the raysyn package: the folder holds weights and settings, no code, so diffusers' own
+`DiffusionPipeline.from_pretrained` cannot open it.
 """
 
 
-def check_maps(label_maps: np.ndarray, views: Sequence[str], image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(label maps uint8 [B, H, W], view indices uint8 [B]). Raises UserError for a wrong value, size or view."""
+def split_views(maps: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(label maps 0 to 4, a view each) of maps uint8 [B, H, W] that say their own view: values 5 to 9 mean 4CH.
+
+    Outside the sector may be 0 in both views. Raises UserError for values above 9 and a map of both views.
+    """
+    found = []
+    for i, each in enumerate(maps):
+        if each.dtype != np.uint8 or each.ndim != 2:
+            check_label_map(each, f"label map {i}")
+        values = np.unique(each)
+        if values.max(initial=0) >= NUM_CHANNELS:
+            extra = [int(v) for v in values if v >= NUM_CHANNELS]
+            raise UserError(f"label map {i}: label values {extra} are outside the set 0 to {NUM_CHANNELS - 1}")
+        views = {int(v) // len(STRUCTURES) for v in values if v != 0} or {0}
+        if len(views) > 1:
+            raise UserError(f"label map {i}: has values of both views (1 to 4 and 5 to 9); a map has one view")
+        found.append(VIEWS[views.pop()])
+    return maps % len(STRUCTURES), found
+
+
+def check_maps(
+    label_maps: np.ndarray, views: Sequence[str] | str | None, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(label maps uint8 [B, H, W], view indices uint8 [B]). Raises UserError for a wrong value, size or view.
+
+    `views` is one a map, one name for all, or None where the maps say it themselves (`split_views`).
+    """
     label_maps = np.asarray(label_maps)
     if label_maps.ndim == 2:
         label_maps = label_maps[None]
+    if views is None:
+        label_maps, views = split_views(label_maps)
+    elif isinstance(views, str):
+        views = [views] * len(label_maps)
     for i, label_map in enumerate(label_maps):
         check_label_map(label_map, f"label map {i}")
         if label_map.shape != (image_size, image_size):

@@ -52,6 +52,31 @@ def test_the_folder_is_a_diffusers_users(folder, maps) -> None:
     assert pipeline(maps[0], ["2CH"], seeds=[1], num_inference_steps=2, output_type="pil")[0].size == (SIZE, SIZE)
 
 
+def test_a_map_may_say_its_view_itself(folder, maps) -> None:
+    pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
+    both = maps[[0, 0]]
+    named = pipeline(both, ["2CH", "4CH"], seeds=[1, 1], num_inference_steps=2)
+    told = np.stack([maps[0], np.where(maps[0] > 0, maps[0] + 5, 0).astype(np.uint8)])
+    assert np.array_equal(named, pipeline(told, seeds=[1, 1], num_inference_steps=2))
+    assert np.array_equal(named[:1], pipeline(maps[:1], "2CH", seeds=[1], num_inference_steps=2))
+    for wrong, says in (
+        (np.where(maps[:1] == 4, 9, maps[:1]), "values of both views"),
+        (np.where(maps[:1] == 4, 10, maps[:1]), r"label values \[10\] are outside the set 0 to 9"),
+    ):
+        with pytest.raises(UserError, match=says):
+            pipeline(wrong.astype(np.uint8))
+    with pytest.raises(UserError, match="output_type"):
+        pipeline(maps, output_type="pt")
+
+
+@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"push_to_hub": True}, {"variant": "fp16"}])
+def test_options_that_a_model_folder_cannot_have_are_refused(folder, tmp_path, options: dict) -> None:
+    pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(UserError, match=next(iter(options))):
+        pipeline.save_pretrained(tmp_path / "refused", **options)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_what_is_saved_again_draws_the_same_bits(folder, maps, tmp_path) -> None:
     pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
     pipeline.save_pretrained(tmp_path / "again", dice="0.9")

@@ -47,7 +47,7 @@ def generate(
     dtype = AMP_DTYPES.get(amp)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         denoise = _guided(denoiser, one_hot, sampler, modulation_cache_bytes)
-        return SOLVERS[sampler.solver](denoise, x, sigmas, **_solver_options(sampler, seeds, shape))
+        return SOLVERS[sampler.solver](denoise, x, sigmas, **_solver_options(denoiser, sampler, seeds, shape))
 
 
 def _conditional(denoiser: Denoiser, one_hot: Tensor, cache_bytes: float) -> Callable[[Tensor, Tensor], Any]:
@@ -61,11 +61,17 @@ def _conditional(denoiser: Denoiser, one_hot: Tensor, cache_bytes: float) -> Cal
 
 
 def _guided(denoiser: Denoiser, one_hot: Tensor, sampler: SamplerConfig, cache_bytes: float) -> Callable:
-    """D_null + w·(D − D_null) where σ lies in the guidance interval (arXiv:2207.12598, interval: 2404.07724)."""
-    conditional = _conditional(denoiser, one_hot, cache_bytes)
+    """D_null + w·(D − D_null) where σ lies in the guidance interval (arXiv:2207.12598, interval: 2404.07724).
+
+    One null map serves the whole batch, and takes one share of batch + 1 of the cache.
+    """
     wants_variance = sampler.solver == "ddpm"
-    w = sampler.guidance_scale
-    unconditional = _conditional(denoiser, torch.zeros_like(one_hot), cache_bytes) if w != 1.0 else None
+    w, batch = sampler.guidance_scale, one_hot.shape[0]
+    unconditional = None
+    if w != 1.0:
+        unconditional = _conditional(denoiser, torch.zeros_like(one_hot[:1]), cache_bytes / (batch + 1))
+        cache_bytes *= batch / (batch + 1)
+    conditional = _conditional(denoiser, one_hot, cache_bytes)
 
     def denoise(x: Tensor, sigma: Tensor) -> Any:
         out = conditional(x, sigma)
@@ -79,8 +85,10 @@ def _guided(denoiser: Denoiser, one_hot: Tensor, sampler: SamplerConfig, cache_b
     return denoise
 
 
-def _solver_options(sampler: SamplerConfig, seeds: Sequence[int], shape: tuple[int, int, int]) -> dict[str, Any]:
-    if sampler.solver == "generalised":
+def _solver_options(
+    denoiser: Denoiser, sampler: SamplerConfig, seeds: Sequence[int], shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    if sampler.solver in ("generalised", "reference_heun"):
         return {"schedule": sampler.schedule, "scaling": sampler.scaling}
     if sampler.solver not in ("stochastic_heun", "ddpm"):
         return {}
@@ -94,4 +102,4 @@ def _solver_options(sampler: SamplerConfig, seeds: Sequence[int], shape: tuple[i
     if sampler.solver == "ddpm":
         return {"noise": noise}
     churn = {"s_churn": sampler.s_churn, "s_min": sampler.s_min, "s_max": sampler.s_max, "s_noise": sampler.s_noise}
-    return {"noise": noise, **churn}
+    return {"noise": noise, "round_sigma": denoiser.precondition.round_sigma, **churn}

@@ -57,27 +57,36 @@ def diffusion_loss(
     return LossReport(per_sample.mean(), per_sample.detach(), sigma)
 
 
-def vlb_term(precondition: IDDPM, x0: Tensor, x: Tensor, denoised: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """L_vlb of each sample [B] in bits a dimension, times M: KL of the step, or at the end the likelihood.
+def step_log_variances(table: Tensor) -> tuple[Tensor, Tensor]:
+    """(ln β̃_j, ln β_j) of the steps from u_j to u_{j+1}, [M] each, in units of x (not scaled by √ᾱ).
 
-    Two Gaussians with means that mix x with x0 and with D by σ'²/σ², the variance of the second interpolated by v.
+    β̃ of the last step is 0; the one before stands in for it (arXiv:2102.09672).
+    """
+    square = table.square()
+    s, lower = square[:-1], square[1:]
+    gap = s - lower
+    small = (lower * gap / s)[:-1].log()
+    return torch.cat([small, small[-1:]]), (gap * (1 + lower) / (1 + s)).log()
+
+
+def vlb_term(precondition: IDDPM, x0: Tensor, x: Tensor, denoised: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """L_vlb of each sample [B] in bits a dimension: M times the step's term, so its mean over σ is the sum over steps.
+
+    The term is the KL of two Gaussians whose means mix x with x0 and with D by σ'²/σ², the variance of the second
+    interpolated by v; at the last step it is the negative log likelihood of the grey level.
     """
     index = precondition.index(sigma)
-    lower = precondition.table[index + 1].to(sigma.dtype)
-    last = lower == 0
-    # At the last step β̃ is 0: the variance head is read against the level before it, as in the paper's clipping.
-    floor = precondition.table[precondition.num - 1].to(sigma.dtype) * 0.5
-    low, s, lo = (t.reshape(-1, 1, 1, 1) for t in (lower.clamp(min=floor), sigma, lower))
-    gap = (s**2 - low**2).clamp(min=1e-12)
-    small, large = (low**2 * gap / s**2).log(), (gap * (1 + low**2) / (1 + s**2)).log()
+    table = precondition.table.to(sigma.device)
+    per_step = (*step_log_variances(table), (table[1:] / table[:-1]).square())
+    small, large, ratio = (t[index].to(x.dtype).reshape(-1, 1, 1, 1) for t in per_step)
     log_variance = small + (v + 1) / 2 * (large - small)
-    ratio = (lo / s) ** 2
     mean_true, mean_model = ratio * x + (1 - ratio) * x0, ratio * x + (1 - ratio) * denoised
     squared = (mean_true - mean_model).square()
     kl = 0.5 * (log_variance - small + (small - log_variance).exp() + squared * (-log_variance).exp() - 1)
     likelihood = -_discretised_log_likelihood(x0, mean_model, 0.5 * log_variance)
-    bits = torch.where(last.reshape(-1, 1, 1, 1), likelihood, kl) / math.log(2)
-    return bits.flatten(1).mean(1) * precondition.num / 1000
+    last = (index == precondition.num - 1).reshape(-1, 1, 1, 1)
+    bits = torch.where(last, likelihood, kl) / math.log(2)
+    return bits.flatten(1).mean(1) * precondition.num
 
 
 def _discretised_log_likelihood(x0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -62,9 +62,14 @@ RANGES = {"edm": (0.002, 80.0), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
 
 
 def sigma_range(sampler: SamplerConfig, precondition: Preconditioning) -> tuple[float, float]:
-    """(σ_min, σ_max): the sampler's own, else the discretisation's, clipped to what the network supports."""
+    """(σ_min, σ_max): the sampler's own, else the discretisation's, clipped to what the network supports.
+
+    DDPM's ancestral chain visits every level of the iDDPM table, so it starts at u_0 and not at Table 1's 81.
+    """
     t = torch.tensor([EPSILON_S, 1.0], dtype=torch.float64)
     low, high = RANGES.get(sampler.discretization) or tuple(vp_sigma(t).tolist())
+    if sampler.solver == "ddpm" and sampler.discretization == "iddpm":
+        high = float(iddpm_table()[0])
     low = low if sampler.sigma_min is None else sampler.sigma_min
     high = high if sampler.sigma_max is None else sampler.sigma_max
     low, high = max(low, precondition.sigma_min), min(high, precondition.sigma_max)

@@ -131,17 +131,18 @@ class IDDPM(Preconditioning):
 
     def index(self, sigma: Tensor) -> Tensor:
         """The index j in {0..M} of the table's level nearest to each σ."""
-        return (sigma.reshape(-1, 1).double() - self.table).abs().argmin(1).reshape(sigma.shape)
+        table = self.table.to(sigma.device)  # a grid of levels is made on the CPU, wherever the network is
+        return (sigma.reshape(-1, 1).double() - table).abs().argmin(1).reshape(sigma.shape)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         c_noise = (self.num - 1 - self.index(sigma)).to(sigma.dtype)
         return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), c_noise
 
     def sigma_quantile(self, u: Tensor) -> Tensor:
-        return self.table[(u * self.num).long().clamp(0, self.num - 1)]
+        return self.table.to(u.device)[(u * self.num).long().clamp(0, self.num - 1)]
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self.table[self.index(sigma)].to(sigma.dtype)
+        return self.table.to(sigma.device)[self.index(sigma)].to(sigma.dtype)
 
 
 PRECONDITIONINGS: dict[str, type[Preconditioning]] = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}

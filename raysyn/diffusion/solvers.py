@@ -61,27 +61,21 @@ def solve_stochastic_heun(
     s_min: float = 0.02,
     s_max: float = 100.0,
     s_noise: float = 1.003,
+    round_sigma: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Algorithm 2: before each Heun step σ is raised by γ = min(S_churn/N, √2−1) where S_min ≤ σ ≤ S_max."""
+    """Algorithm 2: before each Heun step σ is raised by γ = min(S_churn/N, √2−1) where S_min ≤ σ ≤ S_max.
+
+    `round_sigma` takes the raised level to one that the network was trained at.
+    """
     levels = _levels(sigmas)
     for sigma, lower in levels:
         gamma = min(s_churn / len(levels), math.sqrt(2) - 1) if s_min <= sigma <= s_max else 0.0
         raised = sigma * (1 + gamma)
-        if gamma > 0:
+        if round_sigma is not None and gamma > 0:
+            raised = max(float(round_sigma(torch.tensor(raised, dtype=torch.float64))), sigma)
+        if raised > sigma:
             x = x + math.sqrt(raised**2 - sigma**2) * s_noise * noise(x)
         x = _heun_step(denoise, x, raised, lower)
-    return x
-
-
-def solve_reference_heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
-    """For like-for-like runs only: the second evaluation is made at (x, σ) again: Euler at twice the price."""
-    for sigma, lower in _levels(sigmas):
-        slope = (x - denoise(x, _at(x, sigma))) / sigma
-        euler = x + (lower - sigma) * slope
-        if lower == 0:
-            return euler
-        slope_again = (euler - denoise(x, _at(x, sigma))) / lower
-        x = x + (lower - sigma) * 0.5 * (slope + slope_again)
     return x
 
 
@@ -179,6 +173,35 @@ def _schedule(name: str, sigma_min: float, sigma_max: float) -> tuple[Callable, 
     return sigma, slope, inverse
 
 
+def _integrate(denoise: Denoise, x: Tensor, sigmas: Tensor, schedule: str, scaling: str, second: str, /) -> Tensor:
+    """Algorithm 1. `second` is where the second slope's estimate comes from: "predicted", "repeated" or "" for none."""
+    top, bottom = float(sigmas[0]), float(sigmas[-2])
+    sigma_of, slope_of, time_of = _schedule(schedule, bottom, top)
+    times = [time_of(s) if s > 0 else 0.0 for s in sigmas.double().tolist()]
+
+    def scale(t: float) -> float:
+        return 1.0 if scaling == "none" else 1 / math.sqrt(1 + sigma_of(t) ** 2)
+
+    def estimate(y: Tensor, t: float) -> Tensor:
+        return denoise(y / scale(t), _at(y, sigma_of(t)))
+
+    def derivative(y: Tensor, t: float, denoised: Tensor) -> Tensor:
+        sigma, d_sigma, s = sigma_of(t), slope_of(t), scale(t)
+        log_slope = 0.0 if scaling == "none" else -sigma * d_sigma * s * s
+        return (d_sigma / sigma + log_slope) * y - d_sigma * s / sigma * denoised
+
+    y = x * scale(times[0])
+    for t, later in pairwise(times):
+        first = derivative(y, t, estimate(y, t))
+        euler = y + (later - t) * first
+        if second and later > 0:
+            denoised = estimate(euler, later) if second == "predicted" else estimate(y, t)
+            y = y + (later - t) * 0.5 * (first + derivative(euler, later, denoised))
+        else:
+            y = euler
+    return y / scale(times[-1])
+
+
 def solve_generalised(
     denoise: Denoise,
     x: Tensor,
@@ -192,27 +215,18 @@ def solve_generalised(
 
     dx/dt = (σ'/σ + s'/s)·x − (σ's/σ)·D(x/s; σ). 2N−1 evaluations, N of first order.
     """
-    top, bottom = float(sigmas[0]), float(sigmas[-2])
-    sigma_of, slope_of, time_of = _schedule(schedule, bottom, top)
-    times = [time_of(s) if s > 0 else 0.0 for s in sigmas.double().tolist()]
+    return _integrate(denoise, x, sigmas, schedule, scaling, "predicted" if second_order else "")
 
-    def scale(t: float) -> float:
-        return 1.0 if scaling == "none" else 1 / math.sqrt(1 + sigma_of(t) ** 2)
 
-    def derivative(y: Tensor, t: float) -> Tensor:
-        sigma, d_sigma, s = sigma_of(t), slope_of(t), scale(t)
-        log_slope = 0.0 if scaling == "none" else -sigma * d_sigma * s * s
-        return (d_sigma / sigma + log_slope) * y - d_sigma * s / sigma * denoise(y / s, _at(y, sigma))
+def solve_reference_heun(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: str = "linear", scaling: str = "none"
+) -> Tensor:
+    """For like-for-like runs only: the second slope reuses an evaluation at the old point (x̂, t̂), 2N−1 in all.
 
-    y = x * scale(times[0])
-    for t, later in pairwise(times):
-        first = derivative(y, t)
-        euler = y + (later - t) * first
-        if second_order and later > 0:
-            y = y + (later - t) * 0.5 * (first + derivative(euler, later))
-        else:
-            y = euler
-    return y / scale(times[-1])
+    With the linear schedule that is Euler at twice the price. With those of vp and ve it is of first order as well, and
+    at few steps far off: on Gaussian data 5 vp steps end with an error of 13 where the right branch has 0.07.
+    """
+    return _integrate(denoise, x, sigmas, schedule, scaling, "repeated")
 
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {

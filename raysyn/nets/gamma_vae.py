@@ -6,7 +6,9 @@ Prior Gamma(shape 3.75, rate 10.8): its mean 0.347 and form follow the grey leve
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from raysyn.config import VAEConfig
 from raysyn.nets.spade import num_groups
+from raysyn.types import UserError
 
 FLOOR = 1e-7
 SHARPNESS = 10.0
@@ -98,14 +101,19 @@ def _sector_mean(values: Tensor, sector: Tensor) -> Tensor:
     return inside / (sector.flatten(1).sum(1) * values.shape[1]).clamp(min=1)
 
 
+def vae_groups(channels: int) -> int:
+    """32 groups, as published for widths from 64 up; as the U-Net's below, where 32 would normalise single channels."""
+    return 32 if channels >= 64 and channels % 32 == 0 else num_groups(channels)
+
+
 class ResBlock(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), 3x3, with a 1x1 skip where channels change."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm0 = nn.GroupNorm(num_groups(in_channels), in_channels, eps=1e-6)
+        self.norm0 = nn.GroupNorm(vae_groups(in_channels), in_channels, eps=1e-6)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm1 = nn.GroupNorm(num_groups(out_channels), out_channels, eps=1e-6)
+        self.norm1 = nn.GroupNorm(vae_groups(out_channels), out_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -119,7 +127,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
+        self.norm = nn.GroupNorm(vae_groups(channels), channels, eps=1e-6)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -181,11 +189,11 @@ class GammaVAE(ModelMixin, ConfigMixin):
             if i:
                 up += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1)]
         self.encoder = nn.Sequential(*down, _middle(bottom, attention))
-        self.encoder_norm = nn.GroupNorm(num_groups(bottom), bottom, eps=1e-6)
+        self.encoder_norm = nn.GroupNorm(vae_groups(bottom), bottom, eps=1e-6)
         self.heads = nn.Conv2d(bottom, 2 * latent_channels, 3, padding=1)
         self.decoder_stem = nn.Conv2d(latent_channels, bottom, 3, padding=1)
         self.decoder = nn.Sequential(_middle(bottom, attention), *up)
-        self.decoder_norm = nn.GroupNorm(num_groups(top), top, eps=1e-6)
+        self.decoder_norm = nn.GroupNorm(vae_groups(top), top, eps=1e-6)
         self.out = nn.Conv2d(top, patch, 3, padding=1)
         self.register_buffer("latent_mean", torch.zeros(()))
         self.register_buffer("latent_std", torch.ones(()))
@@ -248,14 +256,57 @@ class GammaVAE(ModelMixin, ConfigMixin):
         self.latent_std.fill_(std)
 
 
+class PerceptualNet(nn.Module):
+    """Features at every level of a timm backbone for image_01 [B, 1, H, W]: grey repeated to RGB, its own mean and sd."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        for key in ("mean", "std"):
+            value = torch.tensor(backbone.pretrained_cfg[key]).reshape(1, -1, 1, 1)  # type: ignore[index]
+            self.register_buffer(key, value, persistent=False)
+
+    def forward(self, image_01: Tensor) -> list[Tensor]:
+        features: list[Tensor] = self.backbone.forward_intermediates(
+            (image_01 - self.mean) / self.std, intermediates_only=True
+        )
+        return features
+
+
 def build_perceptual(backbone: str, weights: str) -> tuple[nn.Module | None, str]:
-    """(feature net, status): any timm backbone with weights from a file; without weights (None, why it is off)."""
+    """(feature net, status): any timm backbone with weights from a local file; without them (None, why it is off).
+
+    The file holds timm's own names (.safetensors, or a torch file read with weights_only). Raises UserError for a
+    backbone that timm does not have, and for a file that is missing or another net's.
+    """
     if not backbone or not weights:
         return None, "off: no weights given (vae.perceptual_backbone, vae.perceptual_weights)"
+    if not Path(weights).is_file():
+        raise UserError(f"vae.perceptual_weights: {weights} is no file; give {backbone}'s weights, or none for no term")
     import timm
 
-    net = timm.create_model(backbone, features_only=True, in_chans=1, pretrained=False, checkpoint_path=weights)
-    return net.eval().requires_grad_(False), f"{backbone} from {weights}"
+    if not timm.is_model(backbone):
+        raise UserError(f"vae.perceptual_backbone: timm has no {backbone!r}")
+    net = timm.create_model(backbone, pretrained=False)
+    if not hasattr(net, "forward_intermediates"):
+        raise UserError(f"vae.perceptual_backbone: timm's {backbone} does not give its intermediate features")
+    try:
+        net.load_state_dict(_read_state(weights))
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{weights}: not weights of timm's {backbone} ({str(error).splitlines()[0]})") from None
+    return PerceptualNet(net).eval().requires_grad_(False), f"{backbone} from {weights}"
+
+
+def _read_state(file: str) -> dict[str, Tensor]:
+    if file.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
 
 
 def perceptual_distance(net: nn.Module, image_a: Tensor, image_b: Tensor) -> Tensor:

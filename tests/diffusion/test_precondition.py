@@ -11,8 +11,8 @@ from torch import nn
 from raysyn.compose import load_model
 from raysyn.config import SamplerConfig
 from raysyn.diffusion.ema import EMA
-from raysyn.diffusion.generate import generate
-from raysyn.diffusion.loss import diffusion_loss
+from raysyn.diffusion.generate import _guided, generate
+from raysyn.diffusion.loss import diffusion_loss, step_log_variances
 from raysyn.diffusion.noise import seeded_noise, sigma_grid, sigma_range
 from raysyn.diffusion.precondition import (
     EDM,
@@ -25,6 +25,7 @@ from raysyn.diffusion.precondition import (
     vp_sigma,
     vp_sigma_inverse,
 )
+from raysyn.diffusion.solvers import ddpm_log_variances
 from raysyn.models import MODELS, build_denoiser
 from raysyn.types import UserError
 
@@ -154,6 +155,32 @@ def test_the_hybrid_loss_is_least_at_the_true_variance_and_keeps_off_the_mean() 
     assert float(grad[1].abs()) > 0
 
 
+def test_the_variance_term_is_the_sum_over_all_steps() -> None:
+    """L_vlb is M times one step's KL, here ½(a + e^−a − 1) with a the excess of the log variance; 0.001 of it counts."""
+    p, v = IDDPM(), 0.4
+    x0 = torch.zeros(2, 1, 4, 4)
+    sigma = p.table[[960, 995]].float()
+    net = Oracle(x0, p, v)
+    net.sigma = sigma
+    report = diffusion_loss(Denoiser(net, p), x0, torch.zeros(2, 10, 4, 4), sigma=sigma, noise=torch.randn_like(x0))
+    steps = [ddpm_log_variances(float(p.table[j]), float(p.table[j + 1])) for j in (960, 995)]
+    excess = [(v + 1) / 2 * (large - small) for small, large in steps]
+    expected = [0.001 * 1000 * 0.5 * (a + math.exp(-a) - 1) / math.log(2) for a in excess]
+    assert report.per_sample.tolist() == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_last_steps_variance_lies_between_the_clipped_and_the_whole() -> None:
+    table = iddpm_table()
+    small, large = step_log_variances(table)
+    assert torch.isfinite(small).all()
+    assert (small < large).all()
+    assert small[-1] == small[-2]
+    s = float(table[999]) ** 2
+    assert math.isclose(math.exp(float(large[-1])), s / (1 + s), rel_tol=1e-9)  # β_1 of the chain
+    found = ddpm_log_variances(float(table[300]), float(table[301]))
+    assert (float(small[300]), float(large[300])) == pytest.approx(found)
+
+
 def test_dropped_labels_reach_the_net_as_the_null_mask() -> None:
     seen = []
 
@@ -247,6 +274,35 @@ def test_guidance_of_one_is_no_guidance_and_its_interval_bounds_it(demo) -> None
     plain = draw()
     assert torch.equal(plain, draw(guidance_scale=2.0, guidance_sigma_min=1e6))
     assert not torch.equal(plain, draw(guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("options", [{"solver": "stochastic_heun", "s_churn": 20.0}, {"solver": "ddpm"}])
+def test_fresh_noise_belongs_to_the_image_and_not_to_its_batch(options: dict, demo) -> None:
+    _, denoiser, one_hot = demo
+    sampler = SamplerConfig(num_steps=4, sigma_max=10.0, s_noise=1.0, **options)
+    together = generate(denoiser, one_hot, [1, 2, 3], sampler, shape=(1, 32, 32))
+    alone = generate(denoiser, one_hot[2:], [3], sampler, shape=(1, 32, 32))
+    assert torch.allclose(together[2:], alone, atol=1e-4)
+    other = generate(denoiser, one_hot[2:], [4], sampler, shape=(1, 32, 32))
+    assert not torch.allclose(other, alone, atol=1e-2)
+
+
+def test_guidance_mixes_with_the_null_mask_and_keeps_the_budget(demo) -> None:
+    _, denoiser, one_hot = demo
+    x, sigma = torch.randn(3, 1, 32, 32), torch.tensor(1.0)
+    with torch.no_grad():
+        mapped, null = denoiser(x, sigma, one_hot), denoiser(x, sigma, None)
+        for budget in (0, 150_000, 1 << 30):
+            guided = _guided(denoiser, one_hot, SamplerConfig(guidance_scale=1.5), budget)(x, sigma)
+            assert torch.allclose(guided, null + 1.5 * (mapped - null), atol=1e-5)
+    spent: list[float] = []
+    original = denoiser.modulations
+    denoiser.modulations = lambda maps, budget: spent.append(budget) or original(maps, budget)
+    try:
+        _guided(denoiser, one_hot, SamplerConfig(guidance_scale=1.5), 1e6)
+    finally:
+        del denoiser.modulations
+    assert math.isclose(sum(spent), 1e6)
 
 
 def test_seeds_and_maps_must_match(demo) -> None:

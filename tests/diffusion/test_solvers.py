@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from raysyn.diffusion.noise import iddpm_sigmas, karras_sigmas, ve_sigmas, vp_sigmas
+from raysyn.diffusion.precondition import IDDPM
 from raysyn.diffusion.solvers import SOLVERS, ddpm_log_variances, num_function_evals, solve_generalised
 from raysyn.types import UserError
 
@@ -84,6 +85,32 @@ def test_the_family_of_table_1_converges_at_second_order_to_the_same_end(grid, s
         gaussian, start, grid(400, sigma_min=LOW, sigma_max=HIGH), schedule=schedule, scaling=scaling
     )
     assert (end - ode_end(start, HIGH)).abs().max() < 5e-3
+
+
+def test_the_reference_branch_is_of_first_order_in_the_schedules_of_vp_and_ve_and_far_off_at_few_steps(start) -> None:
+    def error(name: str, grid, num_steps: int, **options) -> float:
+        end = SOLVERS[name](gaussian, start, grid(num_steps, sigma_min=0.02, sigma_max=HIGH), **options)
+        return float((end - ode_end(start, HIGH)).square().mean().sqrt())
+
+    vp, ve = {"schedule": "vp", "scaling": "vp"}, {"schedule": "ve", "scaling": "none"}
+    for grid, options in ((vp_sigmas, vp), (ve_sigmas, ve)):
+        coarse, fine = (error("reference_heun", grid, n, **options) for n in (320, 1280))
+        assert 0.9 < math.log(coarse / fine, 4) < 1.3
+    assert error("reference_heun", vp_sigmas, 5, **vp) > 30 * error("generalised", vp_sigmas, 5, **vp)
+
+
+def test_raised_levels_are_rounded_to_those_the_network_knows() -> None:
+    p, seen = IDDPM(), []
+
+    def watching(x, sigma):
+        seen.append(float(sigma))
+        return gaussian(x, sigma)
+
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    grid = iddpm_sigmas(12, sigma_min=0.02, sigma_max=50.0)
+    SOLVERS["stochastic_heun"](watching, x, grid, s_churn=4.0, round_sigma=p.round_sigma)
+    assert max(float((p.table - s).abs().min()) for s in seen) < 1e-9
+    assert seen[0] > float(grid[0])
 
 
 def test_the_reference_branch_repeats_euler_exactly(start) -> None:
