@@ -21,7 +21,7 @@ from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, open_stage
-from raysyn.config import FitJob, PrepareJob, SynthesizeJob, fingerprint
+from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
 from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.requests import RequestPlan
 from raysyn.data.schema import SCHEMA_VERSION
@@ -37,6 +37,7 @@ def synthesize(config: SynthesizeJob) -> Outcome:
     from raysyn.cluster.inputs import frames_uri, prepare
 
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
+    check_gate(config.synthesize)
     model_dir = find_model(config)
     with ray_session(config.ray):
         prepared = prepare(_as(PrepareJob, config))
@@ -86,6 +87,16 @@ def mask_ids(frames: str, splits: list[str]) -> dict[str, list[str]]:
         for storage, name in frame_files(frames, split):
             found[split] += read_light(storage, name)["frame_id"].to_pylist()
     return found
+
+
+def check_gate(synthesis: SynthesizeConfig) -> None:
+    """Raise UserError when images are to be judged and nobody is there to judge them."""
+    if synthesis.min_faithfulness > 0 and not synthesis.segmenter_dir:
+        raise UserError(
+            "synthesize.min_faithfulness: needs synthesize.segmenter_dir, a segmenter trained on real frames"
+        )
+    if synthesis.segmenter_dir and not Storage.at(synthesis.segmenter_dir).exists():
+        raise UserError(f"synthesize.segmenter_dir: {synthesis.segmenter_dir}: no such folder")
 
 
 def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerprint: str) -> SynthesisSpec:

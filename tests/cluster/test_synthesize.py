@@ -324,3 +324,16 @@ def test_the_data_set_opens_without_our_code(undisturbed) -> None:
     card = Path(folder, "README.md").read_text()
     assert "samples.png" in card
     assert Path(folder, "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_quality_gate_without_a_judge_is_refused(tmp_path) -> None:
+    from raysyn.cluster.synthesize import synthesize
+    from raysyn.compose import load_job
+
+    base = ["scale=tiny", f"storage={tmp_path}", "synthesize.min_faithfulness=0.9"]
+    with pytest.raises(UserError, match=r"needs synthesize\.segmenter_dir"):
+        synthesize(load_job("synthesize", base))
+    with pytest.raises(UserError, match="no such folder"):
+        synthesize(load_job("synthesize", [*base, f"synthesize.segmenter_dir={tmp_path}/none"]))
+    with pytest.raises(UserError, match="is not fitted under"):
+        synthesize(load_job("synthesize", base[:2]))
