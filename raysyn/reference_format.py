@@ -2,7 +2,8 @@
 
 The file is walked by an unpickler of allowed opcodes. A global is never looked up: it becomes a token, and only the few
 tokens below can be called, each by a function of ours that builds tensors and plain containers. Modules become records
-of their state; the source text in the file is ignored.
+of their state; the source text in the file is ignored. Work and memory are bounded by the file's length: a pickle can name
+the same large object again and again at a byte or two each, which no writer of the format does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +23,7 @@ import torch
 
 from raysyn.types import UserError
 
-MAX_DEPTH, MAX_NODES = 64, 200_000
+MAX_ARGUMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,36 @@ def _persistent(meta: Any) -> Record:
 
 def _storage(data: Any) -> torch.Tensor:
     """Bytes of a torch.save of one storage → the flat tensor of it."""
-    if not isinstance(data, bytes) or data[:2] == b"PK":
-        raise Refused("a storage that is not bytes in torch's plain format")
+    if not isinstance(data, bytes):
+        raise Refused("a storage that is not bytes")
+    _check_plain_storage(data)
     loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if isinstance(loaded, torch.UntypedStorage):
-        return torch.frombuffer(bytearray(bytes(loaded)), dtype=torch.uint8)
     if not isinstance(loaded, torch.storage.TypedStorage):
         raise Refused("a storage whose bytes hold something else")
     raw = loaded._untyped_storage
     return torch.tensor([], dtype=loaded.dtype).set_(raw, 0, (raw.nbytes() // loaded.dtype.itemsize,))
 
 
+def _check_plain_storage(data: bytes) -> None:
+    """Refuse bytes that make torch's reader call, build or allocate anything but one storage no larger than they are.
+
+    A torch.save in torch's plain format is four pickles (a number, the version, the system, the storage), then raw bytes.
+    """
+    stream = io.BytesIO(data)
+    for part in range(4):
+        for count, (code, value, _) in enumerate(pickletools.genops(stream)):
+            if count > 100 or code.name in ("REDUCE", "NEWOBJ", "BUILD", "NEWOBJ_EX", "INST", "OBJ"):
+                raise Refused("a storage whose bytes hold something else")
+            if part == 3 and type(value) is int and value > len(data):
+                raise Refused("a storage larger than its bytes")
+
+
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
-    sizes = (*size, *stride, offset) if isinstance(size, tuple) and isinstance(stride, tuple) else (None,)
-    if not isinstance(storage, torch.Tensor) or not all(type(v) is int and v >= 0 for v in sizes):
+    if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 8):
         raise Refused("a tensor of impossible shape")
-    if len(size) != len(stride) or len(size) > 8 or math.prod(size) > storage.numel():
+    if not isinstance(storage, torch.Tensor) or not all(type(v) is int and v >= 0 for v in (*size, *stride, offset)):
+        raise Refused("a tensor of impossible shape")
+    if math.prod(size) > storage.numel():
         raise Refused("a tensor larger than its storage")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride)) if math.prod(size) else 0
     if last >= max(storage.numel(), 1):
@@ -91,7 +108,7 @@ class _Dtype:
 
 def _dtype(kind: Any, *rest: Any) -> _Dtype:
     if kind not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
-        raise Refused(f"numpy dtype {kind!r}")
+        raise Refused(f"numpy dtype {kind[:20]!r}" if isinstance(kind, str) else "a numpy dtype that is no name")
     return _Dtype(kind)
 
 
@@ -120,6 +137,14 @@ CALLABLE: dict[tuple[str, str], Callable[..., Any]] = {
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     ("numpy", "dtype"): _dtype,
 }
+STORAGES = {  # the types that torch.save names, and what a record of each holds
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    **{"LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8},
+    **{"ByteStorage": torch.uint8, "BoolStorage": torch.bool},
+}
 MODULES = {
     ("torch.nn.modules.container", "ModuleDict"),
     ("torch.nn.modules.container", "Sequential"),
@@ -136,7 +161,7 @@ ALLOWED_OPCODES = {
     *(pickle.EMPTY_DICT, pickle.DICT, pickle.SETITEM, pickle.SETITEMS),
     *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
     *(pickle.EMPTY_SET, pickle.ADDITEMS),  # torch's modules keep an (empty) set of names
-    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD, pickle.BINPERSID),
 }
 
 
@@ -146,8 +171,23 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
     append: Any
     pop_mark: Any
 
+    def __init__(self, data: bytes, allowance: int, archive: _Archive | None = None) -> None:
+        super().__init__(io.BytesIO(data))
+        self.allowance, self.archive = allowance, archive
+
+    def _spend(self, amount: int) -> None:
+        self.allowance -= amount
+        if self.allowance < 0:
+            raise Refused("it uses the same data again and again")
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        if self.archive is None:
+            raise Refused("it names data outside the pickle")
+        return self.archive.storage(pid)
+
     def find_class(self, module: str, name: str) -> Token:
-        if (module, name) not in CALLABLE and (module, name) not in MODULES:
+        known = (module, name) in CALLABLE or (module, name) in MODULES
+        if not known and not (self.archive is not None and module == "torch" and name in STORAGES):
             raise Refused(f"it names {str(module)[:80]}.{str(name)[:80]}")
         return Token(module, name)
 
@@ -158,6 +198,9 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
             raise Refused("a call of something that is no function of the format")
         if (function.module, function.name) not in CALLABLE:
             raise Refused(f"a call of {function}")
+        if len(args) > MAX_ARGUMENTS:
+            raise Refused(f"{function} with other arguments than the format's")
+        self._spend(1 + sum(len(a) for a in args if isinstance(a, (bytes, str, list, tuple, dict))))
         try:
             self.stack[-1] = CALLABLE[function.module, function.name](*args)
         except TypeError as error:
@@ -184,6 +227,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
             pass  # attributes of a dict: EasyDict has none of interest
         elif not isinstance(target, _Dtype):
             raise Refused("a state for something that takes none")
+        elif isinstance(state, tuple) and state[1:2] not in (("<",), ("|",), ("=",)):
+            raise Refused("a numpy dtype of another byte order")
 
     def _set(self, target: Any, items: list[Any]) -> None:
         if not isinstance(target, dict):
@@ -248,10 +293,44 @@ _Reader.dispatch = {
 } | {op[0]: method for op, method in _OWN.items()}
 
 
+class _Archive:
+    """torch.save's archive: a pickle that names storages, and a record for each. Nothing in it may be compressed."""
+
+    def __init__(self, data: bytes) -> None:
+        self.zip = zipfile.ZipFile(io.BytesIO(data))
+        entries = self.zip.infolist()
+        if sum(e.file_size for e in entries) > len(data) or any(e.compress_type for e in entries):
+            raise Refused("an archive that unpacks to more than its size")
+        found = [e.filename for e in entries if e.filename.rpartition("/")[2] == "data.pkl"]
+        if len(found) != 1:
+            raise Refused("an archive without data.pkl")
+        self.root = found[0].removesuffix("data.pkl")
+        self.known: dict[str, torch.Tensor] = {}
+
+    def pickle(self) -> bytes:
+        return self.zip.read(f"{self.root}data.pkl")
+
+    def storage(self, pid: Any) -> torch.Tensor:
+        """The flat tensor that ('storage', type, key, device, length) names."""
+        if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], Token) and isinstance(pid[2], str)):
+            raise Refused("a storage in no form of torch's")
+        if pid[1].name not in STORAGES:
+            raise Refused(f"a storage of type {pid[1]}")
+        if pid[2] not in self.known:
+            raw = bytearray(self.zip.read(f"{self.root}data/{pid[2]}"))
+            dtype = STORAGES[pid[1].name]
+            self.known[pid[2]] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return self.known[pid[2]]
+
+
 def read_pickle(data: bytes, name: str) -> Any:
-    """The plain containers, tensors and records of a pickle. Raises UserError for anything else, by name."""
+    """The plain containers, tensors and records of a pickle or of torch.save's archive of one.
+
+    Raises UserError for anything else, by name.
+    """
     try:
-        return _Reader(io.BytesIO(data)).load()
+        archive = _Archive(data) if data[:2] == b"PK" else None
+        return _Reader(archive.pickle() if archive else data, 2 * len(data) + 1000, archive).load()
     except Refused as error:
         raise UserError(f"{name}: refused: {error}; only the reference's checkpoint format is read") from None
     except RecursionError:
@@ -259,28 +338,3 @@ def read_pickle(data: bytes, name: str) -> Any:
     except Exception as error:  # whatever a damaged file provokes in pickle, numpy or torch is one clear line
         line = (str(error).splitlines() or [""])[0][:120]
         raise UserError(f"{name}: cannot be read as a checkpoint ({type(error).__name__}: {line})") from None
-
-
-def flatten(record: Record, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Record]]:
-    """(tensors by dotted name, modules by dotted name) of a module record. Raises UserError when it is no tree."""
-    tensors: dict[str, torch.Tensor] = {}
-    modules: dict[str, Record] = {}
-
-    def walk(node: Record, prefix: str, depth: int) -> None:
-        if depth > MAX_DEPTH or len(modules) > MAX_NODES:
-            raise UserError(f"{name}: refused: its modules are nested without end")
-        modules[prefix.rstrip(".")] = node
-        for kind in ("_parameters", "_buffers"):
-            for key, value in _items(node.state.get(kind)):
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{prefix}{key}"] = value
-        for key, value in _items(node.state.get("_modules")):
-            if isinstance(value, Record):
-                walk(value, f"{prefix}{key}.", depth + 1)
-
-    walk(record, "", 0)
-    return tensors, modules
-
-
-def _items(value: Any) -> list[tuple[Any, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []

@@ -4,11 +4,14 @@ functional network that is written from REFERENCE's text alone."""
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import pickle
 import struct
 import sys
+import time
 import types
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from raysyn.checkpoint import import_reference
+from raysyn.nets.blocks import Block
 from raysyn.nets.unet import SemanticUNet
 from raysyn.types import UserError
 
@@ -88,7 +92,7 @@ def module_tree(tensors: dict[str, torch.Tensor], class_of, constants) -> Persis
         for child in dict.fromkeys(n.split(".")[0] for n in names if "." in n):
             rest = [n.split(".", 1)[1] for n in names if n.startswith(child + ".")]
             children[child] = node(f"{prefix}{child}.", rest)
-        buffers = {k: v for k, v in own.items() if k in ("freqs", "resample_filter")}
+        buffers = {k: v for k, v in own.items() if k in ("freqs", "resample_filter", "u")}
         parameters = {k: torch.nn.Parameter(v) for k, v in own.items() if k not in buffers}
         state = dict(training=False, _parameters=OrderedDict(parameters), _buffers=OrderedDict(buffers))
         state |= dict(_modules=children, _forward_hooks=OrderedDict(), **constants(prefix))
@@ -102,8 +106,12 @@ def module_tree(tensors: dict[str, torch.Tensor], class_of, constants) -> Persis
     return node("", list(tensors))
 
 
-def write_checkpoint(path: Path, net: SemanticUNet, protocol: int = 4, **root) -> None:
-    precond, unet = CLASSES[net.config.arch]
+def write_checkpoint(
+    path: Path, net: SemanticUNet, protocol: int = 4, *, extra=None, precond="", settings=None, **root
+) -> None:
+    """`extra`: more tensors by name; `precond`: another class of it; `settings`: constants by module name."""
+    published, unet = CLASSES[net.config.arch]
+    precond = precond or published
 
     def class_of(prefix: str):
         if prefix == "":
@@ -118,11 +126,15 @@ def write_checkpoint(path: Path, net: SemanticUNet, protocol: int = 4, **root) -
 
     def constants(prefix: str) -> dict:
         if prefix == "":
-            return dict(img_resolution=16, img_channels=1, label_dim=0, sigma_data=np.float64(0.5), **root)
-        return dict(num_heads=2) if "in0" in prefix and prefix.endswith("in0.") else dict(embedding=3)
+            return {"img_resolution": 16, "img_channels": 1, "label_dim": 0, "sigma_data": np.float64(0.5), **root}
+        if settings and prefix in settings:
+            return settings[prefix]
+        return dict(num_heads=2) if prefix.endswith("in0.") and net.config.arch == "adm" else dict(embedding=3)
 
     tensors = {f"model.{k}": v for k, v in net.state_dict().items()}
-    tensors["model.enc.8x8_down.conv0.resample_filter"] = torch.ones(1, 1, 2, 2) / 4
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0] if net.config.arch == "ncsnpp" else [1.0, 1.0])
+    tensors["model.enc.8x8_down.conv0.resample_filter"] = (taps.outer(taps) / taps.sum() ** 2)[None, None]
+    tensors |= extra or {}
     easy = sys.modules["dnnlib.util"].EasyDict(class_name="training.loss.EDMLoss")
     content = dict(ema=module_tree(tensors, class_of, constants), loss_fn=None, augment_pipe=None, dataset_kwargs=easy)
     path.write_bytes(pickle.dumps(content, protocol=protocol))
@@ -258,6 +270,117 @@ def test_a_bare_state_dict_is_accepted(tmp_path: Path) -> None:
         assert torch.equal(denoiser.net(x, sigma, m), net(x, sigma, m))
 
 
+def shaped_like_the_file(net: SemanticUNet, heads: dict[str, int]) -> dict:
+    """Every block's constants as the reference's blocks keep them."""
+    song = net.config.arch != "adm"
+    scale = np.float64(np.sqrt(0.5)) if song else 1
+    found = {}
+    for key, module in net.named_modules():
+        if isinstance(module, Block):
+            found[f"model.{key}."] = {"num_heads": heads.get(key, module.num_heads), "skip_scale": scale}
+        elif isinstance(module, torch.nn.GroupNorm):
+            found[f"model.{key}."] = {"num_groups": module.num_groups, "eps": module.eps}
+    return found
+
+
+def test_heads_are_each_blocks_own_and_a_small_block_may_have_no_attention(tmp_path: Path) -> None:
+    # Of the published rule, one head for 64 channels, a block of 32 gets none, one of 160 gets two of 80.
+    heads = {"enc.8x8_block0": 2, "dec.8x8_in0": 2, "dec.8x8_block0": 1, "dec.8x8_block1": 2}
+    net = small_net("adm", channel_multipliers=(1, 5), num_blocks=1, block_heads=heads)
+    assert not any("16x16" in k and "qkv" in k for k in net.state_dict())
+    write_checkpoint(tmp_path / "x.pkl", net, settings=shaped_like_the_file(net, heads))
+    denoiser = import_reference(tmp_path / "x.pkl")
+    x, sigma, m = inputs()
+    with torch.no_grad():
+        assert torch.equal(denoiser.net(x, sigma, m), net(x, sigma, m))
+
+
+def test_other_embedding_widths_are_read_off_the_weights(tmp_path: Path) -> None:
+    net = small_net("ncsnpp", noise_channels=32, embedding_channels=48)
+    write_checkpoint(tmp_path / "x.pkl", net, settings=shaped_like_the_file(net, {}))
+    x, sigma, m = inputs()
+    with torch.no_grad():
+        assert torch.equal(import_reference(tmp_path / "x.pkl").net(x, sigma, m), net(x, sigma, m))
+
+
+@pytest.mark.parametrize("arch", ["adm", "ddpmpp"])
+def test_of_absent_class_labels_only_the_bias_acts(arch: str, tmp_path: Path) -> None:
+    net, width = small_net(arch), 128 if arch == "adm" else 32
+    bias, c_noise = torch.linspace(-1, 1, width), torch.tensor([0.3, 0.9])
+    labels = {
+        "map_label.weight": torch.randn(width, 7),
+        "map_label.bias": bias,
+        "map_augment.weight": torch.ones(32, 9),
+    }
+    write_checkpoint(tmp_path / "x.pkl", net, extra={f"model.{k}": v for k, v in labels.items()})
+    w = net.state_dict()
+    e = Naive(w, arch, None)
+    i = torch.arange(16)
+    angle = c_noise[:, None] * (1 / 10000) ** (i / (16 if arch == "adm" else 15))
+    first = [angle.cos(), angle.sin()] if arch == "adm" else [angle.sin(), angle.cos()]
+    emb = torch.cat(first, 1) + (0 if arch == "adm" else bias)
+    hidden = F.silu(F.linear(emb, w["map_layer0.weight"], w["map_layer0.bias"]))
+    out = F.silu(F.linear(hidden, w["map_layer1.weight"], w["map_layer1.bias"]) + (bias if arch == "adm" else 0))
+    with torch.no_grad():
+        found = import_reference(tmp_path / "x.pkl").net._embed(c_noise)
+    assert torch.allclose(found, out, atol=1e-5)
+    assert not torch.allclose(found, e.embed(c_noise, 32), atol=1e-2)
+
+
+def test_the_noise_levels_are_the_files_own(tmp_path: Path) -> None:
+    u = torch.cat([torch.linspace(80, 0.01, 40), torch.zeros(1)])
+    net = small_net("adm", learned_variance=True)
+    write_checkpoint(tmp_path / "x.pkl", net, precond="iDDPMPrecond", extra={"u": u}, M=40, C_1=0.001, C_2=0.008)
+    precondition = import_reference(tmp_path / "x.pkl").precondition
+    assert torch.equal(precondition.coefficients(u[:-1])[3], torch.arange(39, -1, -1).float())
+    assert (precondition.sigma_min, precondition.sigma_max) == (float(u[-2]), 80.0)
+    write_checkpoint(tmp_path / "x.pkl", net, precond="iDDPMPrecond", extra={"u": u.flip(0)}, M=40)
+    with pytest.raises(UserError, match="u is no table"):
+        import_reference(tmp_path / "x.pkl")
+
+
+def test_the_preconditionings_own_numbers_are_used(tmp_path: Path) -> None:
+    sigma = torch.tensor([0.3, 2.0])
+    write_checkpoint(tmp_path / "x.pkl", small_net("adm"), sigma_data=np.float32(0.25))
+    assert torch.allclose(
+        import_reference(tmp_path / "x.pkl").precondition.coefficients(sigma)[2], (sigma**2 + 0.0625) ** -0.5
+    )
+    write_checkpoint(tmp_path / "x.pkl", small_net("ddpmpp"), beta_d=10.0, beta_min=0.2, M=500, epsilon_t=1e-4)
+    t = ((0.04 + 20 * torch.log1p(sigma**2)).sqrt() - 0.2) / 10
+    assert torch.allclose(import_reference(tmp_path / "x.pkl").precondition.coefficients(sigma)[3], 499 * t)
+    write_checkpoint(tmp_path / "x.pkl", small_net("ncsnpp"), sigma_min=0.05, sigma_max=50.0)
+    found = import_reference(tmp_path / "x.pkl").precondition
+    assert (found.sigma_min, found.sigma_max) == (0.05, 50.0)
+    for wrong in (math.nan, math.inf, -1.0, 0.0, "half", None):
+        write_checkpoint(tmp_path / "x.pkl", small_net("adm"), sigma_data=wrong)
+        with pytest.raises(UserError, match="sigma_data is no number"):
+            import_reference(tmp_path / "x.pkl")
+
+
+def test_a_net_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    net = small_net("ddpmpp")
+    for key, value in (("skip_scale", 1.0), ("adaptive_scale", True)):
+        write_checkpoint(tmp_path / "x.pkl", net, settings={"model.dec.8x8_in1.": {key: value}})
+        with pytest.raises(UserError, match=f"8x8_in1.{key} is 1, not the published"):
+            import_reference(tmp_path / "x.pkl")
+    write_checkpoint(tmp_path / "x.pkl", net, settings={"model.dec.8x8_in1.norm0.norm.": {"eps": 1e-3}})
+    with pytest.raises(UserError, match=r"eps is 0\.001, not the published 1e-05"):
+        import_reference(tmp_path / "x.pkl")
+    write_checkpoint(
+        tmp_path / "x.pkl", net, extra={"model.dec.16x16_up.conv0.resample_filter": torch.ones(1, 1, 4, 4)}
+    )
+    with pytest.raises(UserError, match="not the published resampling filter"):
+        import_reference(tmp_path / "x.pkl")
+
+
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path) -> None:
+    good = small_net("adm").state_dict()
+    for value in (torch.full((1,), math.nan), torch.zeros(1, dtype=torch.int64), torch.zeros(2)):
+        torch.save({**good, "out_conv.bias": value}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=r"finite numbers|do not fit"):
+            import_reference(tmp_path / "x.pt")
+
+
 class Evil:
     def __init__(self, function, *args) -> None:
         self.call = function, args
@@ -328,6 +451,101 @@ def test_cycles_and_depth_end_in_an_error(tmp_path: Path) -> None:
     (tmp_path / "deep.pkl").write_bytes(b"\x80\x04" + b"(" * 100_000 + b".")
     with pytest.raises(UserError):
         import_reference(tmp_path / "deep.pkl")
+
+
+def stored(numbers: int) -> bytes:
+    """What torch's storages give as their pickled bytes."""
+    raw = torch.storage.TypedStorage(
+        wrap_storage=torch.zeros(numbers).untyped_storage(), dtype=torch.float32, _internal=True
+    )
+    return raw.__reduce__()[1][0]
+
+
+def named(module: str, name: str) -> bytes:
+    return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+
+
+def again_and_again() -> dict[str, bytes]:
+    """Small files whose naive reading would take forever or fill the memory, and an instruction a byte to do so."""
+    bytes_of = stored(100_000)
+    storage = pickle.BINBYTES + struct.pack("<I", len(bytes_of)) + bytes_of + b"q\x000"
+    pairs = b"](" + b"".join(b"J" + struct.pack("<i", i) + b"K\x00\x86" for i in range(50_000)) + b"eq\x000"
+    nest = b"]\x94" + b"".join(b"0]\x94(h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)) + b"0"
+    many = b"(" + b"K\x00" * 50_000 + b"tq\x000"
+    claims = bytes_of.replace(struct.pack("<i", 100_000), struct.pack("<i", 2**31 - 1))
+    calls = stored(1).replace(b".", b"R.")
+    return {
+        "one storage, often": storage
+        + b"]("
+        + (named("torch.storage", "_load_from_bytes") + b"h\x00\x85R") * 2000
+        + b"e.",
+        "one list, often": pairs + b"](" + (named("collections", "OrderedDict") + b"h\x00\x85R") * 20_000 + b"e.",
+        "many arguments, often": many + b"](" + (named("collections", "OrderedDict") + b"h\x00R") * 20_000 + b"e.",
+        "a list of twice the list before": nest + named("numpy", "dtype") + b"h\x3c\x85R.",
+        "a storage that claims more": pickle.BINBYTES
+        + struct.pack("<I", len(claims))
+        + claims
+        + b"q\x000"
+        + named("torch.storage", "_load_from_bytes")
+        + b"h\x00\x85R.",
+        "a storage that calls": named("torch.storage", "_load_from_bytes")
+        + pickle.BINBYTES
+        + struct.pack("<I", len(calls))
+        + calls
+        + b"\x85R.",
+        "a call of an object": named("torch.nn.modules.container", "Sequential") + b")\x81)R.",
+    }
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("which", again_and_again())
+def test_small_files_cannot_ask_for_endless_work_or_memory(which: str, tmp_path: Path) -> None:
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x04" + again_and_again()[which])
+    started = time.process_time()
+    with pytest.raises(UserError, match="refused"):
+        import_reference(tmp_path / "x.pkl")
+    assert time.process_time() - started < 10
+
+
+def test_modules_named_again_and_again_end_in_an_error(tmp_path: Path) -> None:
+    module = torch.nn.Sequential()
+    for _ in range(12):
+        outer = torch.nn.Sequential()
+        outer.__dict__["_modules"] = {str(i): module for i in range(10)}
+        module = outer
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": module}))
+    with pytest.raises(UserError, match="nested without end"):
+        import_reference(tmp_path / "x.pkl")
+
+
+def test_archives_hold_what_they_say_and_no_more(tmp_path: Path) -> None:
+    def saved(content) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    packed = io.BytesIO()
+    plain = zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(10**6)})))
+    with plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as to:
+        for entry in plain.namelist():
+            to.writestr(entry, plain.read(entry))
+    shared = torch.zeros(10**6)
+    old = io.BytesIO()
+    torch.save({"a": shared}, old, _use_new_zipfile_serialization=False)
+    for data, says in (
+        (packed.getvalue(), "unpacks to more"),
+        (saved({"a": torch.zeros(1).expand(10**9)}), "larger than its storage"),
+        (saved({str(i): shared for i in range(100)}), "share their data"),
+        (saved({"a": Evil(__import__("os").system, "touch pwned")}), "posix.system"),
+        (old.getvalue(), "old format"),
+    ):
+        (tmp_path / "x.pt").write_bytes(data)
+        with pytest.raises(UserError, match=says):
+            import_reference(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="is no file"):
+        import_reference(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        import_reference(tmp_path / "absent.pkl")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -45,7 +45,8 @@ class SemanticUNet(ModelMixin, ConfigMixin):
     """F(c_in·x; c_noise, map): x [B, in, H, W], c_noise [B], one_hot [B, label_channels, ·, ·] -> [B, out, H, W].
 
     `resolution` is the height and width of x. With `patch_size` p the net works on p x p patches moved to channels.
-    With `learned_variance` the output has twice the channels: (F, variance interpolation).
+    With `learned_variance` the output has twice the channels: (F, variance interpolation). The last three settings are
+    for imported nets: widths of the noise embedding, and the heads of every block with attention ("enc.32x32_block0").
     """
 
     @register_to_config
@@ -66,18 +67,23 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         spade_kernel: int = 3,
         patch_size: int = 1,
         learned_variance: bool = False,
+        noise_channels: int | None = None,
+        embedding_channels: int | None = None,
+        block_heads: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         stride = patch_size * 2 ** (len(channel_multipliers) - 1)
         if resolution % stride:
             raise UserError(f"resolution: {resolution} is not a multiple of the net's stride {stride}")
         self.arch, self.levels = ARCHES[arch], len(channel_multipliers)
-        self.attention_at, self.heads_of = set(attention_resolutions), self._heads(arch, channels_per_head)
+        self.attention_at, self.block_heads = set(attention_resolutions), block_heads
+        self.channels_per_head = channels_per_head if self.arch.scale_shift else None
         self.base, self.num_spades = base_channels, 0
-        self._embeddings(base_channels, 4 * base_channels)
+        width = embedding_channels or 4 * base_channels
+        self._embeddings(noise_channels or base_channels * (2 if self.arch.fourier else 1), width)
         self.block = partial(
             Block,
-            embedding=4 * base_channels,
+            embedding=width,
             dropout=dropout,
             skip_scale=self.arch.skip_scale,
             taps=self.arch.taps,
@@ -108,16 +114,20 @@ class SemanticUNet(ModelMixin, ConfigMixin):
             **{key: getattr(net, key) for key in keys},
         )
 
-    @staticmethod
-    def _heads(arch: str, channels_per_head: int) -> Any:
-        return (lambda channels: max(1, channels // channels_per_head)) if arch == "adm" else (lambda channels: 1)
+    def _heads(self, block: str, channels: int, attends: bool) -> int:
+        """Attention heads of a block, 0 for none."""
+        if self.block_heads is not None:
+            return self.block_heads.get(block, 0)
+        if not attends:
+            return 0
+        return 1 if self.channels_per_head is None else max(1, channels // self.channels_per_head)
 
-    def _embeddings(self, base: int, width: int) -> None:
+    def _embeddings(self, noise: int, width: int) -> None:
         if self.arch.fourier:
-            self.map_noise: nn.Module = FourierEmbedding(2 * base)
+            self.map_noise: nn.Module = FourierEmbedding(noise)
         else:
-            self.map_noise = PositionalEmbedding(base, endpoint=not self.arch.scale_shift)
-        self.map_layer0 = nn.Linear(2 * base if self.arch.fourier else base, width)
+            self.map_noise = PositionalEmbedding(noise, endpoint=not self.arch.scale_shift)
+        self.map_layer0 = nn.Linear(noise, width)
         self.map_layer1 = nn.Linear(width, width)
 
     def _encoder(self, size: int, channels_in: int, widths: list[int], num_blocks: int) -> list[int]:
@@ -137,7 +147,7 @@ class SemanticUNet(ModelMixin, ConfigMixin):
                     pyramid = channels
             skips.append(channels)
             for i in range(num_blocks):
-                heads = self.heads_of(width) if side in self.attention_at else 0
+                heads = self._heads(f"enc.{name}_block{i}", width, side in self.attention_at)
                 self.enc[f"{name}_block{i}"] = block(channels, width, num_heads=heads, norm=norm)
                 channels = width
                 skips.append(channels)
@@ -156,13 +166,14 @@ class SemanticUNet(ModelMixin, ConfigMixin):
             side = size >> level
             name = f"{side}x{side}"
             if level == len(widths) - 1:
-                self.dec[f"{name}_in0"] = block(channels, channels, num_heads=self.heads_of(channels), norm=norm)
+                heads = self._heads(f"dec.{name}_in0", channels, True)
+                self.dec[f"{name}_in0"] = block(channels, channels, num_heads=heads, norm=norm)
                 self.dec[f"{name}_in1"] = block(channels, channels, norm=norm)
             else:
                 self.dec[f"{name}_up"] = block(channels, channels, up=True, norm=norm)
             for i in range(num_blocks + 1):
                 attends = side in self.attention_at and (self.arch.scale_shift or i == num_blocks)
-                heads = self.heads_of(width) if attends else 0
+                heads = self._heads(f"dec.{name}_block{i}", width, attends)
                 self.dec[f"{name}_block{i}"] = block(channels + skips.pop(), width, num_heads=heads, norm=norm)
                 channels = width
 
