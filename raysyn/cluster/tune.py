@@ -210,7 +210,7 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
                 search_alg=_optuna_search(config.search, stage, space),
                 scheduler=_scheduler(config.search),
             ),
-            run_config=RunConfig(name="ray_tune", storage_path=stage.path),
+            run_config=RunConfig(name="ray_tune", storage_path=stage.path, verbose=0),
         )
     grid = tuner.fit()
     parent.finish()
