@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,10 +28,60 @@ def one_hot_from_index(index: Tensor) -> Tensor:
 Modulation = tuple[Tensor, Tensor]
 
 
+class Table(NamedTuple):
+    """A modulation kept once for each distinct neighbourhood of labels: (1+γ, β) [C, U], and which of the U a pixel has."""
+
+    scale: Tensor
+    shift: Tensor
+    index: Tensor  # int32 [B, H, W]
+
+    def maps(self) -> Modulation:
+        """(1+γ, β), each [B, C, H, W]."""
+        index = self.index.flatten()
+        batch, *size = self.index.shape
+        scale, shift = (t.index_select(1, index).unflatten(1, (batch, *size)) for t in (self.scale, self.shift))
+        return scale.transpose(0, 1), shift.transpose(0, 1)
+
+
+Kept = Modulation | Table | None
+
+
+class Neighbourhoods:
+    """The distinct (2r+1) x (2r+1) neighbourhoods in label maps [B, L, H, W]: all that r = 2 convolutions' outputs see.
+
+    A pixel beyond the border is a label of its own, as SPADE's hidden maps are zero there and not computed.
+    `index` int32 [B, H, W] in 0 to U-1; `first` int64 [U], the flat place of one pixel of each. None of both where the
+    maps are not one-hot (or zero) in every pixel.
+    """
+
+    def __init__(self, one_hot: Tensor, radius: int) -> None:
+        channels, height, width = one_hot.shape[1:]
+        self.index: Tensor | None = None
+        if one_hot.is_meta or not bool(((one_hot == 0) | (one_hot == 1)).all()) or one_hot.sum(1).max() > 1:
+            return
+        label = (one_hot * torch.arange(1, channels + 1, device=one_hot.device)[:, None, None]).sum(1).long()
+        label = F.pad(label, (radius,) * 4, value=channels + 1)
+        rows = self._code([label[:, :, j : j + width] for j in range(2 * radius + 1)])
+        code = self._code([rows[:, i : i + height] for i in range(2 * radius + 1)])
+        count = int(code.max()) + 1
+        places = torch.arange(code.numel(), device=code.device)
+        start = places.new_full((count,), code.numel())
+        self.first = start.scatter_reduce(0, code.flatten(), places, "amin")
+        self.index = code.int()
+
+    @staticmethod
+    def _code(parts: list[Tensor]) -> Tensor:
+        """One number for each distinct tuple of the parts' values; renumbered at each step, so none can overflow."""
+        code = parts[0]
+        for part in parts[1:]:
+            code = torch.unique(code * (int(part.max()) + 1) + part, return_inverse=True)[1]
+        return code
+
+
 class Conditioning:
     """The label maps of one batch: resized once a resolution, with the modulations computed beforehand, if any."""
 
-    def __init__(self, one_hot: Tensor, modulations: list[Modulation | None] | None = None) -> None:
+    def __init__(self, one_hot: Tensor, modulations: list[Kept] | None = None) -> None:
         self.one_hot, self.modulations = one_hot, modulations
         self._resized: dict[tuple[int, ...], Tensor] = {}
 
@@ -61,7 +113,22 @@ class Spade(nn.Module):
         hidden = self.mlp_shared(label)
         return 1 + self.mlp_gamma(hidden), self.mlp_beta(hidden)
 
+    def cost(self, pixels: int) -> int:
+        """Floating-point operations of `modulation` over so many pixels, 2 a multiply-add."""
+        shared = self.mlp_shared[0].weight.numel()
+        return 2 * pixels * (shared + self.mlp_gamma.weight.numel() + self.mlp_beta.weight.numel())
+
+    def tabled(self, full: Modulation, places: Neighbourhoods) -> Table | None:
+        """`full` kept once a neighbourhood; None unless every bit of it comes back (some convolutions round by place)."""
+        if places.index is None:
+            return None
+        scale, shift = (t.transpose(0, 1).flatten(1).index_select(1, places.first) for t in full)
+        table = Table(scale, shift, places.index)
+        return table if all(torch.equal(a, b) for a, b in zip(table.maps(), full, strict=True)) else None
+
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         known = conditioning.modulations[self.index] if conditioning.modulations is not None else None
+        if isinstance(known, Table):
+            known = known.maps()
         scale, shift = known if known is not None else self.modulation(conditioning.at(tuple(x.shape[2:])))
         return torch.addcmul(shift.to(x.dtype), self.norm(x), scale.to(x.dtype))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from raysyn.config import NetConfig
 from raysyn.labels import NUM_CHANNELS
 from raysyn.nets.blocks import Block, FourierEmbedding, PlainNorm, PositionalEmbedding, ResampleConv, initialise
-from raysyn.nets.spade import Conditioning, Modulation, Spade
+from raysyn.nets.spade import Conditioning, Kept, Neighbourhoods, Spade
 from raysyn.types import UserError
 
 
@@ -39,6 +39,8 @@ ARCHES = {
     "ncsnpp": Arch((1, 3, 3, 1), math.sqrt(0.5), 1e-6, False, True, True),
     "adm": Arch((1, 1), 1.0, 1e-5, True, False, False),
 }
+
+OVERHEAD = 1_000_000  # operations that the mere calls of a SPADE layer's convolutions cost the time of
 
 
 class SemanticUNet(ModelMixin, ConfigMixin):
@@ -213,21 +215,38 @@ class SemanticUNet(ModelMixin, ConfigMixin):
                     found.append((layer, below))
         return sorted(found, key=lambda pair: pair[0].index)
 
-    def modulations(self, one_hot: Tensor, budget_bytes: float | None = None) -> list[Modulation | None]:
-        """(1+γ, β) of the SPADE layers for these maps, for all steps to share; None where the budget leaves one out.
+    def modulations(self, one_hot: Tensor, budget_bytes: float | None = None) -> list[Kept]:
+        """(1+γ, β) of the SPADE layers for these maps [B, L, H, W], for all steps to share; None for what is left out.
 
-        The layers that save most work a byte are kept first: those with many channels into γ and β at few pixels cost
-        as much work a byte as others, so smaller feature maps come first and overheads are saved too.
+        Where not all fits into the budget, a layer whose map has few distinct neighbourhoods is kept as a table of them
+        (2 to 7 times slower to use than maps, many times faster than convolutions), and the layers that save most work a
+        byte are kept first. No bit of an output changes.
         """
-        conditioning = Conditioning(one_hot)
-        kept: list[Modulation | None] = [None] * self.num_spades
-        used = 0.0
-        for layer, side in sorted(self.spade_sizes(), key=lambda pair: pair[1]):
-            size = 2 * one_hot.shape[0] * layer.norm.num_channels * side * side * 4
-            if budget_bytes is not None and used + size > budget_bytes:
-                continue
-            kept[layer.index] = layer.modulation(conditioning.at((side, side)))
-            used += size
+        conditioning, batch = Conditioning(one_hot), one_hot.shape[0]
+        layers = self.spade_sizes()
+        device = one_hot.device.type
+        low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        item = torch.get_autocast_dtype(device).itemsize if low else layers[0][0].norm.weight.element_size()
+        maps = [2 * item * batch * layer.norm.num_channels * side * side for layer, side in layers]
+        if budget_bytes is None or sum(maps) <= budget_bytes:
+            return [layer.modulation(conditioning.at((side, side))) for layer, side in layers]
+        found: dict[tuple[int, int], Neighbourhoods] = {}
+        plans = []
+        for (layer, side), size in zip(layers, maps, strict=True):
+            key = side, 1 + layer.mlp_gamma.kernel_size[0] // 2
+            if key not in found:
+                found[key] = Neighbourhoods(conditioning.at((side, side)), key[1])
+            places, small = found[key], size + 1
+            if places.index is not None:
+                small = 2 * item * layer.norm.num_channels * len(places.first) + 4 * places.index.numel()
+            gain = layer.cost(batch * side * side) + OVERHEAD
+            plans.append((gain / min(size, small), min(size, small), layer, side, places if small < size else None))
+        kept: list[Kept] = [None] * len(layers)
+        for _, size, layer, side, table in sorted(plans, key=lambda plan: (-plan[0], plan[2].index)):
+            if size <= budget_bytes:
+                full = layer.modulation(conditioning.at((side, side)))
+                kept[layer.index] = full if table is None else layer.tabled(full, table)
+                budget_bytes -= size if kept[layer.index] is not None else 0
         return kept
 
     def forward(
@@ -235,7 +254,7 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         x: Tensor,
         c_noise: Tensor,
         one_hot: Tensor | None = None,
-        modulations: list[Modulation | None] | None = None,
+        modulations: list[Kept] | None = None,
     ) -> Tensor:
         if one_hot is None:  # the null mask
             shape = (x.shape[0], self.config.label_channels, *x.shape[2:])  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from raysyn.compose import load_model
 from raysyn.models import MODELS, build_denoiser
@@ -98,6 +99,26 @@ def test_activations_at_published_size_have_the_shapes_of_the_table(name: str) -
     }
     sides = {size >> level for level in range(len(widths))}
     assert attended == (sides & set(config.net.attention_resolutions)) | {min(sides)}
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop", "cache_mb"), [("edm_l64", 326, 91), ("edm_l128", 1209, 340), ("edm", 4666, 1324)]
+)
+def test_operations_of_the_published_adm_and_what_its_modulations_hold(name: str, gflop: int, cache_mb: int) -> None:
+    with torch.device("meta"):
+        net = build_denoiser(load_model(name), 256).net.eval()
+        size = net.config.resolution
+        x, c, m = torch.zeros(1, 1, size, size), torch.zeros(1), torch.zeros(1, 10, 256, 256)
+        with FlopCounterMode(display=False) as whole:
+            net(x, c, m)
+        kept = net.modulations(m)
+        with FlopCounterMode(display=False) as rest:
+            net(x, c, m, modulations=kept)
+    of_spade = sum(layer.cost(side * side) for layer, side in net.spade_sizes())
+    assert whole.get_total_flops() / 1e9 == pytest.approx(gflop, rel=0.003)
+    assert whole.get_total_flops() - rest.get_total_flops() == of_spade
+    assert of_spade / whole.get_total_flops() == pytest.approx(0.33, abs=0.005)
+    assert sum(t.numel() * 2 for layer in kept for t in layer) / 1e6 == pytest.approx(cache_mb, rel=0.01)
 
 
 def small(arch: str = "adm", **options) -> SemanticUNet:
