@@ -276,7 +276,11 @@ class SynthesizeConfig:
 
 @dataclass
 class TaskConfig:
-    """A downstream task: `arch` is dynunet, unet:<timm encoder> or (classification) any timm model."""
+    """A downstream task: `arch` is dynunet, unet:<timm encoder> or (classification) any timm model.
+
+    `augmentation` affine moves image and map alike and varies the grey levels; randaugment (classification, as
+    published) draws two operations a frame (arXiv:1909.13719). `augment_strength` 0 turns either off.
+    """
 
     kind: str = "segmentation"
     arch: str = "dynunet"
@@ -289,6 +293,7 @@ class TaskConfig:
     weight_decay: float = 0.01
     lr_decay: str = "none"
     loss: str = "cross_entropy"
+    augmentation: str = "affine"
     augment_strength: float = 1.0
     amp: str = "none"
     channels_last: bool = False
@@ -301,8 +306,10 @@ class TaskConfig:
     def __post_init__(self) -> None:
         _one_of(self, kind=("segmentation", "classification"), loss=("cross_entropy", "dice_cross_entropy"))
         _one_of(self, mixing=("together", "synthetic_then_real"), validate_on=("synthetic", "real"))
-        _one_of(self, amp=("none", "bf16"), lr_decay=("none", "cosine"))
+        _one_of(self, amp=("none", "bf16"), lr_decay=("none", "cosine"), augmentation=("affine", "randaugment"))
         _within(self, batch_size=(1, 65536), lr=(0, 10), real_fraction=(0, 1), augment_strength=(0, 10))
+        if self.kind == "segmentation" and self.augmentation == "randaugment":
+            raise UserError("augmentation: randaugment moves images without their maps; segmentation takes affine")
         _within(self, num_epochs=(1, INF), num_steps=(0, INF), width=(1, 4096))
 
 

@@ -110,7 +110,7 @@ class ShardWriter:
             shard = Shard(str(split), int(number), int(start), int(stop))
             # A retried block may hold shards that were finished before the worker died: they are whole, so they stay.
             records.append(read_record(self.storage, shard) or self.write(shard))
-        return {"name": [r["name"] for r in records], "rows": [r["rows"] for r in records]}
+        return {key: [r[key] for r in records] for key in ("name", "rows", "seconds")}
 
     def write(self, shard: Shard) -> dict[str, Any]:
         """Draw the images of a shard and write it; returns its record."""

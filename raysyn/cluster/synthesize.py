@@ -51,7 +51,7 @@ def synthesize(config: SynthesizeJob) -> Outcome:
         )
         if (done := stage.outcome()) is not None:
             return done
-        claim(stage, spec)
+        spec = claim(stage, spec)
         with watch(lambda: spec.key):
             draw_missing(config, stage, spec)
         return finish(config, stage, spec)
@@ -106,7 +106,9 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     from raysyn.diffusion.noise import sigma_grid
     from raysyn.diffusion.solvers import num_function_evals
 
-    model, synthesis = open_model(model_dir), config.synthesize
+    synthesis = config.synthesize
+    check_gate(synthesis)
+    model = open_model(model_dir)
     if model.image_size != config.data.image_size:
         raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
     sampler = config.model.sampler
@@ -121,6 +123,7 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
         "raysyn_schema_version": SCHEMA_VERSION,
         "raysyn_model": model.config.name,
         "raysyn_checkpoint_sha256": model.checkpoint_sha256,
+        "raysyn_threads": str(config.workers.threads_per_worker),
         "raysyn_sampler": str(sorted(dataclasses.asdict(sampler).items())),
         "raysyn_packages": ", ".join(f"{p} {version(p)}" for p in PACKAGES),
     }
@@ -142,9 +145,14 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     )
 
 
-def claim(stage: StageDir, spec: SynthesisSpec) -> None:
-    """Say whose folder this is before the first shard. Raises UserError when it holds another data set."""
+def claim(stage: StageDir, spec: SynthesisSpec) -> SynthesisSpec:
+    """Say whose folder this is before the first shard. Raises UserError when it holds another data set.
+
+    Returns `spec` with the threads that the first run here had: sums of floats may depend on their number, so a data
+    set is finished with the number it was begun with.
+    """
     mine = {"fingerprint": stage.fingerprint, "num_requests": spec.plan.num_requests(), "settings": spec.settings}
+    mine |= {"threads": spec.threads}
     if stage.storage.exists(PLAN):
         theirs = stage.storage.read_json(PLAN)
         if theirs["fingerprint"] != mine["fingerprint"] or theirs["num_requests"] != mine["num_requests"]:
@@ -153,24 +161,52 @@ def claim(stage: StageDir, spec: SynthesisSpec) -> None:
             )
     elif stage.storage.list(suffix=".parquet"):
         raise UserError(f"{stage.path}: holds Parquet files that are not this data set's; overwrite=true replaces them")
-    stage.storage.write_json(PLAN, mine)
-    stage.storage.clean_temporaries(older_than_s=0)
+    else:
+        stage.storage.write_json(PLAN, mine)
+        theirs = mine
+    stage.storage.clean_temporaries(older_than_s=600)  # a killed run's last writer may still be at it
+    threads = theirs.get("threads", spec.threads)
+    return dataclasses.replace(spec, threads=threads, metadata={**spec.metadata, "raysyn_threads": str(threads)})
 
 
 def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> None:
-    """Draw every shard that is not whole. Ray Data replaces actors and retries; a lost cluster is the caller's rerun."""
+    """Draw every shard that is not whole.
+
+    Ray Data replaces actors and retries what they had in hand. What it gives up on (a node lost with all its actors) is
+    asked for again, `workers.max_failures` times at most (-1: without end). When the head dies Ray ends this process
+    with exit code 1 after a minute; the same command goes on.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    left = config.workers.max_failures
+    while True:
+        try:
+            return draw_once(config, stage, spec)
+        except RayTaskError:
+            raise  # our own code failed, and would again
+        except RayError as error:
+            if left == 0:
+                raise
+            left -= 1
+            print(f"{spec.key}: {type(error).__name__}; going on with the shards that are missing", flush=True)
+
+
+def draw_once(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> None:
+    """One pass over the shards that are not whole."""
     shards = list(spec.plan.shards())
     whole = whole_shards(stage.storage, shards)
     rows = [dataclasses.asdict(s) for s in shards if s.name not in whole]
     if not rows:
         return
-    report, started = reporter(spec.key), time.perf_counter()
-    before = sum(r["rows"] for r in whole.values())
-    total, done = spec.plan.num_requests(), before
+    report, started = reporter(spec.key), 0.0
+    done = before = sum(r["rows"] for r in whole.values())
+    total = spec.plan.num_requests()
     report({"done": done, "total": total, "unit": "images"})
     for batch in _dataset(config, spec, rows).iter_batches(batch_size=None, prefetch_batches=0):
+        # Counted from when the first shard was begun: starting actors says nothing about the time left.
+        started = started or time.perf_counter() - float(batch["seconds"][0])
         done += int(batch["rows"].sum())
-        rate = (done - before) / (time.perf_counter() - started)
+        rate = (done - before) / max(time.perf_counter() - started, 1e-3)
         report({"done": done, "total": total, "unit": "images", "per_second": rate})
 
 
@@ -225,6 +261,7 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "shards": records,
     }
     write_card(stage, spec, manifest)
+    stage.storage.clean_temporaries(older_than_s=0)
     return stage.finish(manifest)
 
 

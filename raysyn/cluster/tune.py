@@ -2,6 +2,7 @@
 
 Ray Tune places and prunes trials; Optuna proposes them and keeps the study in a database. Killed and started again, the
 search is restored by Ray Tune: finished trials stay, unfinished ones run again, and Optuna's study still knows all.
+Each finished trial also leaves a record of its own, by its parameters, since Ray Tune's state is a little behind.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from raysyn.cluster.task_runs import load_sets, set_fingerprint
 from raysyn.compose import build
 from raysyn.config import JobConfig, PrepareJob, SearchConfig, TaskConfig, TrackingConfig, TuneJob, fingerprint, to_dict
 from raysyn.data.storage import Storage
-from raysyn.types import Outcome, UserError
+from raysyn.types import FrameArrays, Outcome, UserError
 
 DEFAULT_SPACE: dict[str, Any] = {
     "lr": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -31,7 +33,11 @@ DEFAULT_SPACE: dict[str, Any] = {
     "augment_strength": {"low": 0.0, "high": 2.0},
     "loss": {"choices": ["cross_entropy", "dice_cross_entropy"]},
 }
-TRAIN_SET = "train_set"  # the one key of a space that is not the task's: which of train_sets
+TRAIN_SET = "train_set"  # which of train_sets
+MIN_FAITHFULNESS = "min_faithfulness"  # synthetic frames that read worse are left out
+NOT_OF_TASK = (TRAIN_SET, MIN_FAITHFULNESS)  # keys of a space that are the data's, not the task's
+VALIDATIONS_BY_STEPS = 10  # where a task counts steps it validates five times, and rounding may add some
+SNAPSHOT_SECONDS = "1"  # Ray Tune's own state is written this often: what a killed driver can lose
 
 
 def tune(config: TuneJob) -> Outcome:
@@ -55,22 +61,26 @@ def tune(config: TuneJob) -> Outcome:
         stage = open_stage(config.storage, "tune", key, overwrite=config.overwrite)
         if (done := stage.outcome()) is not None:
             return done
-        load_sets([sets[0]], real, config.task)  # an empty set or a leak is refused before any trial
+        for uri in sets:  # an empty set or a leak is refused before any trial
+            load_sets([uri], real, config.task)
         with watch(lambda: f"tune {config.task.kind}"):
             results = search(config, stage, space, sets, real)
             return stage.finish(summary(config, results, sets, real))
 
 
 def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
-    """The space, checked: each key a TaskConfig's (or train_set), each value {low, high, log?} or {choices}."""
-    known = {f.name for f in dataclasses.fields(TaskConfig)} | {TRAIN_SET}
+    """The space, checked: each key a TaskConfig's, train_set or min_faithfulness, each value {low, high, log?} or {choices}."""
+    known = {f.name for f in dataclasses.fields(TaskConfig)} | set(NOT_OF_TASK)
     for key, domain in space.items():
         if key not in known:
             raise UserError(f"search.space.{key}: not a key of the task; its keys are {', '.join(sorted(known))}")
         if not isinstance(domain, dict) or not ({"low", "high"} <= set(domain) or domain.get("choices")):
             raise UserError(f"search.space.{key}: give {{low, high, log}} or {{choices: [...]}}, got {domain!r}")
         for value in domain.get("choices") or [domain["low"], domain["high"]]:
-            if key != TRAIN_SET:
+            if key == MIN_FAITHFULNESS:
+                if not 0 <= float(value) <= 1:
+                    raise UserError(f"search.space.min_faithfulness: {value} is outside [0, 1]")
+            elif key != TRAIN_SET:
                 build(TaskConfig, {**to_dict(config.task), key: value}, "search.space.")
             elif not 0 <= int(value) < max(1, len(config.train_sets)):
                 raise UserError(
@@ -92,7 +102,13 @@ def suggest(space: dict[str, Any], trial: Any) -> None:
 
 def trial_task(task: TaskConfig, params: dict[str, Any]) -> TaskConfig:
     """The set-up of one trial."""
-    return dataclasses.replace(task, **{k: v for k, v in params.items() if k != TRAIN_SET})
+    return dataclasses.replace(task, **{k: v for k, v in params.items() if k not in NOT_OF_TASK})
+
+
+def trial_sets(job: dict[str, Any], task: TaskConfig, params: dict[str, Any]) -> dict[str, FrameArrays]:
+    """The frames of one trial: its set, its threshold of faithfulness."""
+    threshold = float(params.get(MIN_FAITHFULNESS, 0.0))
+    return load_sets([job["sets"][int(params.get(TRAIN_SET, 0))]], job["real"], task, min_faithfulness=threshold)
 
 
 def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
@@ -107,7 +123,12 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
 
     config: TuneJob = job["config"]
     task = trial_task(config.task, params)
-    sets = load_sets([job["sets"][int(params.get(TRAIN_SET, 0))]], job["real"], task)
+    records = Storage.at(job["records"])
+    record = f"{fingerprint(params)}.json"
+    if records.exists(record):  # finished before a kill that Ray Tune's state did not see
+        ray_tune.report(records.read_json(record))
+        return
+    sets = trial_sets(job, task, params)
     name = ray_tune.get_context().get_trial_id()
     tracker = Tracker.start(
         job["tracking"],
@@ -126,7 +147,11 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
         best = max(best, status["score"])
         cost = time.process_time() - started
         tracker.log_metrics({"score": status["score"], "loss": status["loss"], "cpu_seconds": cost}, status["step"])
-        ray_tune.report({"score": best, "cost": cost, "training_iteration_step": status["step"]})
+        complete = status["step"] == status["steps"]
+        result = {"score": float(best), "cost": cost, "step": status["step"], "complete": complete}
+        if complete:
+            records.write_json(record, result)
+        ray_tune.report(result)
 
     train = train_segmentation if task.kind == "segmentation" else train_classification
     with contextlib.ExitStack() as stack:
@@ -136,7 +161,8 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
 
 def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any]) -> Any:
     import optuna
-    from ray.tune.search.optuna import OptunaSearch
+
+    from raysyn.cluster.durable_search import DurableOptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = search.optuna_url
@@ -147,7 +173,7 @@ def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any])
     both = len(search.objectives) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return OptunaSearch(
+        return DurableOptunaSearch(
             space=partial(suggest, space),
             metric=list(search.objectives) if both else "score",
             mode=["max", "min"] if both else "max",
@@ -157,13 +183,27 @@ def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any])
         )
 
 
-def _scheduler(search: SearchConfig) -> Any:
+def max_iterations(task: TaskConfig, space: dict[str, Any]) -> int:
+    """The most validations that a trial of the space can come to; ASHA ends a trial at its `max_t`."""
+
+    def largest(key: str) -> int:
+        domain = space.get(key, {})
+        return max([int(v) for v in domain.get("choices") or [domain.get("high", 0)]] + [int(getattr(task, key))])
+
+    every = max(1, min([int(v) for v in space.get("validate_every_epochs", {}).get("choices") or []] or [1]))
+    return max(VALIDATIONS_BY_STEPS, -(-largest("num_epochs") // every))
+
+
+def _scheduler(search: SearchConfig, task: TaskConfig, space: dict[str, Any]) -> Any:
+    """Pruning by the count of validations (`pruning_grace_epochs` of them come first)."""
     from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
+    settings = {"time_attr": "training_iteration", "metric": "score", "mode": "max"}
     if search.scheduler == "asha":
-        return ASHAScheduler(metric="score", mode="max", grace_period=search.pruning_grace_epochs)
+        most = max(max_iterations(task, space), search.pruning_grace_epochs)
+        return ASHAScheduler(**settings, max_t=most, grace_period=search.pruning_grace_epochs)
     if search.scheduler == "median":
-        return MedianStoppingRule(metric="score", mode="max", grace_period=search.pruning_grace_epochs)
+        return MedianStoppingRule(**settings, grace_period=search.pruning_grace_epochs)
     return None
 
 
@@ -189,6 +229,7 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
         "tracking": tracking,
         "key": key,
         "parent": parent.wait_run_id(),
+        "records": stage.storage.join("trials").uri,
     }
     workers = config.workers
     resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
@@ -196,6 +237,8 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
     if stage.storage.is_local:
         Path(stage.storage.path).mkdir(parents=True, exist_ok=True)
     path = f"{stage.path}/ray_tune"
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_SECONDS)
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     if Tuner.can_restore(path):
         tuner = Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=True)
     else:
@@ -208,7 +251,8 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
                 num_samples=config.search.num_trials,
                 max_concurrent_trials=config.search.max_concurrent,
                 search_alg=_optuna_search(config.search, stage, space),
-                scheduler=_scheduler(config.search),
+                scheduler=_scheduler(config.search, config.task, space),
+                reuse_actors=True,  # a process of its own for each trial would import everything anew
             ),
             run_config=RunConfig(name="ray_tune", storage_path=stage.path, verbose=0),
         )
@@ -231,6 +275,7 @@ def _results(grid: Any, config: TuneJob) -> list[dict[str, Any]]:
                 "score": float(result.metrics["score"]),
                 "cost": float(result.metrics["cost"]),
                 "iterations": int(result.metrics["training_iteration"]),
+                "complete": bool(result.metrics["complete"]),
             }
         )
     if not found:
@@ -239,9 +284,12 @@ def _results(grid: Any, config: TuneJob) -> list[dict[str, Any]]:
 
 
 def pareto_front(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials that no other beats in score and in cost, of those that ran to the full budget, cheapest first."""
+    """Trials that no other beats in score and in cost, of those that ran to their end, cheapest first.
+
+    A trial that was pruned is cheap for another reason. Without `complete` in it the longest count as whole.
+    """
     full = max(t["iterations"] for t in trials)
-    whole = [t for t in trials if t["iterations"] == full]
+    whole = [t for t in trials if t.get("complete", t["iterations"] == full)]
 
     def beaten(t: dict[str, Any]) -> bool:
         return any(
@@ -252,12 +300,12 @@ def pareto_front(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((t for t in whole if not beaten(t)), key=lambda t: t["cost"])
 
 
-def _refit(task: TaskConfig, train_set: str, real: str) -> float:
+def _refit(task: TaskConfig, job: dict[str, Any], params: dict[str, Any]) -> float:
     """Runs on a worker: the best set-up with another seed; returns its validation score."""
     from raysyn.tasks.classification import train_classification
     from raysyn.tasks.segmentation import train_segmentation
 
-    sets = load_sets([train_set], real, task)
+    sets = trial_sets(job, task, params)
     train = train_segmentation if task.kind == "segmentation" else train_classification
     return train(sets["train"], sets["validation"], task, real=sets.get("real")).best_score
 
@@ -266,7 +314,9 @@ def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real
     """The manifest: the best trial, refitted with several seeds, all trials and the front."""
     import ray
 
-    best = max(trials, key=lambda t: t["score"])
+    whole = [t for t in trials if t["complete"]] or trials
+    best = max(whole, key=lambda t: t["score"])
+    job = {"sets": sets, "real": real}
     train_set = sets[int(best["params"].get(TRAIN_SET, 0))]
     workers = config.workers
     refit = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker)(_refit)
@@ -274,11 +324,12 @@ def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real
     report = reporter(f"tune {config.task.kind}: refits")
     report({"done": 0, "total": config.search.num_refits})
     seeds = [task.seed + 1 + i for i in range(config.search.num_refits)]
-    refits = ray.get([refit.remote(dataclasses.replace(task, seed=s), train_set, real) for s in seeds])
+    refits = ray.get([refit.remote(dataclasses.replace(task, seed=s), job, best["params"]) for s in seeds])
     report({"done": len(refits), "total": config.search.num_refits})
     manifest: dict[str, Any] = {
         "task": config.task.kind,
-        "best_task": {k: v for k, v in best["params"].items() if k != TRAIN_SET},
+        "best_task": {k: v for k, v in best["params"].items() if k not in NOT_OF_TASK},
+        "best_min_faithfulness": float(best["params"].get(MIN_FAITHFULNESS, 0.0)),
         "best_set": train_set,
         "best_score": best["score"],
         "refits": refits,

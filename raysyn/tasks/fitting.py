@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from raysyn.compose import build
 from raysyn.config import AugmentConfig, TaskConfig, to_dict
-from raysyn.training_batches import frames_at, generator_of, warp_matrices, warp_pair
+from raysyn.training_batches import frames_at, generator_of, torch_seed, warp_matrices, warp_pair
 from raysyn.types import FrameArrays, UserError
 
-TASK_WARP, TASK_GREY = 16, 17  # streams of random numbers, beside those of the generators' fits
+TASK_WARP, TASK_GREY, TASK_RAND = 16, 17, 18  # streams of random numbers, beside those of the generators' fits
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -88,11 +88,29 @@ def task_batch(frames: FrameArrays, positions: np.ndarray, task: TaskConfig) -> 
     image, label = torch.from_numpy(frames.image_u8[index]), torch.from_numpy(frames.label_map[index])
     if task.augment_strength == 0:
         return image[:, None].float() / 255, label, index
+    if task.augmentation == "randaugment":
+        return rand_augmented(image, task, positions), label, index
     matrices = warp_matrices(augmentation(task.augment_strength), task.seed, TASK_WARP, positions)
     image_01, label = warp_pair(image, label, matrices)
     grey = np.stack([generator_of(task.seed, TASK_GREY, int(p)).uniform(-1, 1, 2) for p in positions])
     power = torch.from_numpy(np.exp(0.2 * task.augment_strength * grey)).float()[:, :, None, None, None]
     return (image_01.clamp(min=0) ** power[:, 0] * power[:, 1]).clamp(max=1), label, index
+
+
+def rand_augmented(image_u8: Tensor, task: TaskConfig, positions: np.ndarray) -> Tensor:
+    """RandAugment (arXiv:1909.13719, N=2, M=9·strength), drawn anew for each frame.
+
+    uint8 [B, H, W] -> float32 [B, 1, H, W] in [0, 1].
+    """
+    from torchvision.transforms import v2
+
+    augment = v2.RandAugment(num_ops=2, magnitude=min(30, round(9 * task.augment_strength)))
+    made = []
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        for frame, position in zip(image_u8, positions):
+            torch.manual_seed(torch_seed(task.seed, TASK_RAND, int(position)))
+            made.append(augment(frame[None]))
+    return torch.stack(made).float() / 255
 
 
 def num_task_steps(task: TaskConfig, num_frames: int) -> int:

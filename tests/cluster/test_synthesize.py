@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of
 from raysyn.cluster.stage import open_stage
+from raysyn.cluster.synthesize import check_gate, claim
 from raysyn.config import SamplerConfig, SynthesizeConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
 from raysyn.data.phantom import phantom_patient
@@ -52,7 +54,7 @@ job = SynthesizeJob(storage={storage!r}, ray=RayConfig(num_cpus=2, object_store_
                     workers=WorkersConfig(num_workers={workers}, cpus_per_worker=0.5))
 stage = open_stage({storage!r}, "synthesize", "drill")
 with ray_session(job.ray):
-    claim(stage, spec)
+    spec = claim(stage, spec)
     print("drawing", flush=True)
     draw_missing(job, stage, spec)
     finish(job, stage, spec)
@@ -95,9 +97,10 @@ class Drill:
         (folder / "driver.py").write_text(DRIVER.format(workers=workers, **places))
         self.out = Storage.at(self.spec.output)
 
-    def start(self, seconds: float = 0.05) -> subprocess.Popen:
+    def start(self, seconds: float = 0.05, address: str = "") -> subprocess.Popen:
         own = {"MOCK_LOG": str(self.log), "MOCK_SECONDS": str(seconds), "PYTHONPATH": f"{ROOT}:{self.folder}"}
-        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | own
+        kept = {k: v for k, v in os.environ.items() if address or not k.startswith("RAY_AUTH")}
+        env = kept | own | ({"RAY_ADDRESS": address} if address else {})
         return subprocess.Popen(
             [sys.executable, str(self.folder / "driver.py")], cwd=self.folder, env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -260,14 +263,48 @@ def test_kill_9_of_the_head_ends_in_a_resumable_state(undisturbed, frames, tmp_p
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
+    before = drill.out.list(suffix=".parquet")
     try:
-        process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:  # a driver that waits for its dead head is ended by hand, as a person would
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-    assert process.returncode != 0
+        process.communicate(timeout=150)  # Ray gives a head 60 s to come back, then ends its driver
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
     drill.run()
     drill.check_whole(undisturbed.shards())
+    drawn = [s for _, s in drill.drawn()]
+    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [5, 6])
+def test_kill_9_of_a_raylet(moment: int, undisturbed, frames, tmp_path, monkeypatch) -> None:
+    """A node of two dies with its actor: the run goes on with the other node's, in one go."""
+    from ray.cluster_utils import Cluster
+
+    drill = Drill(tmp_path / "raylet", frames)
+    for key, value in {"MOCK_LOG": str(drill.log), "MOCK_SECONDS": "0.3"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{drill.folder}")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0.5, "object_store_memory": 100 << 20})
+    process = None
+    try:
+        node = cluster.add_node(num_cpus=0.5, object_store_memory=100 << 20)
+        process = drill.start(0.3, address=cluster.address)
+        drill.wait_for_shards(random.Random(moment).randint(2, 6))
+        before = drill.out.list(suffix=".parquet")
+        raylet = node.all_processes["raylet"][0].process
+        os.kill(raylet.pid, signal.SIGKILL)
+        said, _ = process.communicate(timeout=240)
+    finally:
+        if process is not None and process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        cluster.shutdown()
+    assert process.returncode == 0, said[-3000:]
+    drill.check_whole(undisturbed.shards())
+    drawn = [s for _, s in drill.drawn()]
+    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
 
 
 @pytest.mark.cluster
@@ -294,9 +331,11 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(undisturbed, frames, t
 
 
 def test_another_data_sets_folder_is_refused(frames, tmp_path) -> None:
-    from raysyn.cluster.synthesize import claim
-
     spec = make_spec(frames, tmp_path)
+    assert claim(open_stage(str(tmp_path / "new"), "synthesize", "drill"), spec).threads == 1
+    later = claim(open_stage(str(tmp_path / "new"), "synthesize", "drill"), dataclasses.replace(spec, threads=2))
+    assert later.threads == 1, "finished with the threads it was begun with"
+    assert later.metadata["raysyn_threads"] == "1"
     stage = open_stage(str(tmp_path), "synthesize", "drill")
     stage.storage.write_json("plan.json", {"fingerprint": "other", "num_requests": 1, "settings": {}})
     with pytest.raises(UserError, match="holds another data set"):
@@ -307,6 +346,15 @@ def test_another_data_sets_folder_is_refused(frames, tmp_path) -> None:
         claim(stage, spec)
 
 
+def test_a_gate_without_a_judge_is_refused(tmp_path) -> None:
+    check_gate(SynthesizeConfig())
+    with pytest.raises(UserError, match="needs synthesize"):
+        check_gate(SynthesizeConfig(min_faithfulness=0.5))
+    with pytest.raises(UserError, match="no such folder"):
+        check_gate(SynthesizeConfig(segmenter_dir=str(tmp_path / "absent")))
+
+
+@pytest.mark.cluster
 def test_the_data_set_opens_without_our_code(undisturbed) -> None:
     import datasets
     import duckdb

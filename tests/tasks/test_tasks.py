@@ -85,6 +85,8 @@ def test_classification_beats_chance_and_needs_both_views(frames) -> None:
     assert scores["view_accuracy"] > 0.7
     assert scores["view_auroc"] > 0.7
     assert scores["view_accuracy_protocol_sd"] >= 0
+    for name in ("view_accuracy", "view_auroc", "view_calibration_error"):
+        assert 0 <= scores[f"{name}_low"] <= scores[f"{name}_high"] <= 1
     p = predict_view_scores(fitted, frames[2].image_u8)
     assert ((p >= 0) & (p <= 1)).all()
     only = frames[0].take(np.flatnonzero(frames[0].view == 0))
@@ -123,6 +125,31 @@ def test_augmentation_moves_image_and_map_together(frames) -> None:
     plain, unmoved, index = task_batch(frames[0], np.arange(8), TaskConfig(augment_strength=0.0))
     assert np.array_equal(unmoved.numpy(), frames[0].label_map[index])
     assert torch.allclose(plain[:, 0] * 255, torch.from_numpy(frames[0].image_u8[index]).float())
+
+
+def test_rand_augment_draws_for_each_frame_and_repeats_by_position(frames) -> None:
+    task = TaskConfig(kind="classification", augmentation="randaugment", batch_size=8)
+    same = frames[0].take([0] * 8)
+    before = torch.random.get_rng_state()
+    image, _, _ = task_batch(same, np.arange(8), task)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert image.shape == (8, 1, 64, 64)
+    assert 0 <= float(image.min()) <= float(image.max()) <= 1
+    assert len({bytes((v * 255).byte().numpy()) for v in image}) > 4
+    again, _, _ = task_batch(same, np.arange(4, 8), task)
+    assert torch.equal(again, image[4:])  # a frame's draw does not depend on the batch
+    with pytest.raises(UserError, match="augmentation: randaugment"):
+        TaskConfig(kind="segmentation", augmentation="randaugment")
+
+
+def test_evaluation_holds_function_protocol_and_intervals(frames, segmenter) -> None:
+    scores = evaluate_segmentation(segmenter, frames[2])
+    for rule in ("simpson", "area_length"):
+        assert scores[f"{rule}_ef_num_pairs"] == 12
+        assert scores[f"{rule}_ef_mae_low"] <= scores[f"{rule}_ef_mae"] <= scores[f"{rule}_ef_mae_high"]
+    assert scores["mean_dice_protocol_mean"] == pytest.approx(scores["mean_dice"], abs=0.02)
+    assert scores["la_dice_protocol_sd"] > 0
+    assert all(isinstance(v, (int, float)) for v in scores.values())
 
 
 def test_steps_come_from_epochs_unless_given() -> None:

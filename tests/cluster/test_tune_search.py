@@ -1,0 +1,111 @@
+"""The search: pruning counted in validations, a study ahead of Ray Tune's state, repeatability, records of trials."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from raysyn.cluster.tune import check_space, max_iterations, pareto_front, suggest, trial_task
+from raysyn.compose import load_job
+from raysyn.config import SearchConfig, TaskConfig, TuneJob
+from raysyn.types import UserError
+
+SPACE = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}}
+
+
+def test_pruning_leaves_room_for_the_longest_trial() -> None:
+    assert max_iterations(TaskConfig(num_epochs=250), SPACE) == 250
+    assert max_iterations(TaskConfig(num_epochs=250), {"num_epochs": {"low": 10, "high": 400}}) == 400
+    assert max_iterations(TaskConfig(num_epochs=9, num_steps=300), {}) >= 5
+
+
+def test_both_rules_count_validations_not_seconds(monkeypatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    from raysyn.cluster.tune import _scheduler
+
+    task = TaskConfig(num_epochs=250)
+    asha = _scheduler(SearchConfig(scheduler="asha", pruning_grace_epochs=5), task, SPACE)
+    median = _scheduler(SearchConfig(scheduler="median", pruning_grace_epochs=5), task, SPACE)
+    assert (asha._time_attr, asha._max_t) == ("training_iteration", 250)
+    assert (median._time_attr, median._grace_period) == ("training_iteration", 5)
+    assert _scheduler(SearchConfig(), task, SPACE) is None
+
+
+def test_a_study_that_is_ahead_of_the_restored_state_does_no_harm(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    import optuna
+
+    from raysyn.cluster.durable_search import DurableOptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url, state = f"sqlite:///{tmp_path}/optuna.db", str(tmp_path / "state.pkl")
+
+    def search() -> DurableOptunaSearch:
+        storage, sampler = optuna.storages.RDBStorage(url), optuna.samplers.TPESampler(seed=0)
+        return DurableOptunaSearch(
+            space=partial(suggest, SPACE), metric="score", mode="max", sampler=sampler, storage=storage, study_name="s"
+        )
+
+    first = search()
+    params = first.suggest("a")
+    first.on_trial_result("a", {"score": 0.5, "training_iteration": 1})
+    first.save(state)
+    first.on_trial_complete("a", {"score": 0.7, "training_iteration": 2})  # after the last snapshot; then the kill
+    second = search()
+    second.restore(state)
+    assert second.suggest("a") == params
+    second.on_trial_result("a", {"score": 0.6, "training_iteration": 2})
+    second.on_trial_complete("a", {"score": 0.6, "training_iteration": 2})
+    study = optuna.load_study(study_name="s", storage=url)
+    assert [t.value for t in study.trials] == [0.7]
+
+
+def test_the_front_leaves_pruned_trials_out_whatever_their_length() -> None:
+    def trial(name: str, score: float, cost: float, iterations: int, complete: bool) -> dict:
+        return {"trial": name, "score": score, "cost": cost, "iterations": iterations, "complete": complete}
+
+    trials = [trial("short", 0.8, 1, 3, True), trial("long", 0.9, 5, 9, True), trial("pruned", 0.95, 0.1, 9, False)]
+    assert [t["trial"] for t in pareto_front(trials)] == ["short", "long"]
+
+
+def test_the_faithfulness_threshold_is_a_key_of_the_data() -> None:
+    job = load_job("tune", ["scale=tiny"])
+    check_space({"min_faithfulness": {"low": 0.0, "high": 0.9}}, job)
+    with pytest.raises(UserError, match=r"search\.space\.min_faithfulness: 2 is outside"):
+        check_space({"min_faithfulness": {"choices": [0, 2]}}, job)
+    assert trial_task(TaskConfig(), {"min_faithfulness": 0.5}) == TaskConfig()
+
+
+@pytest.mark.cluster
+def test_a_search_repeats_by_its_seed_and_finished_trials_by_their_records(tmp_path) -> None:
+    from raysyn.cluster.session import ray_session
+    from raysyn.cluster.tune import tune
+
+    def job(folder: str, **search: object) -> TuneJob:
+        overrides = [f"{k}={v}" for k, v in search.items()]
+        shared = ["scale=tiny", "task=segmentation", f"storage={tmp_path / folder}", "tracking.enabled=false"]
+        return load_job("tune", [*shared, "search.max_concurrent=1", "search.num_refits=0", *overrides])
+
+    with ray_session(job("a").ray):
+        _check_repeats(job, tune)
+
+
+def _check_repeats(job, tune) -> None:
+    first, other = tune(job("a")), tune(job("b"))
+    of = {name: [(t["params"], t["score"]) for t in o.manifest["trials"]] for name, o in (("a", first), ("b", other))}
+    assert of["a"] == of["b"]
+    assert len(of["a"]) == 2
+    assert tune(job("a")).skipped
+    folder = Path(first.path)  # all that Ray Tune and Optuna know is lost, the records stay
+    (folder / "manifest.json").unlink()
+    (folder / "optuna.db").unlink()
+    shutil.rmtree(folder / "ray_tune")
+    again = tune(job("a"))
+    costs = [[t["cost"] for t in o.manifest["trials"]] for o in (first, again)]
+    assert costs[0] == costs[1]  # to the last digit: nothing was trained twice
+    front = tune(job("a", **{"search.objectives": "[score,cost]"})).manifest["pareto"]
+    assert front
+    assert all(t["complete"] for t in front)
