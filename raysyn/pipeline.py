@@ -61,19 +61,37 @@ def synthesize_images(
     modulation_cache_bytes: float = 1 << 30,
 ) -> np.ndarray:
     """Images uint8 [B, H, W] for label_map uint8 [B, H, W] (0 to 4), view uint8 [B] (index into VIEWS), a seed each."""
+    x = sample_latents(model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=modulation_cache_bytes)
+    return decode_images(model, x, label_map)
+
+
+def sample_latents(
+    model: FittedModel,
+    label_map: np.ndarray,
+    view: np.ndarray,
+    seeds: Sequence[int],
+    sampler: SamplerConfig | None = None,
+    *,
+    amp: str = "none",
+    modulation_cache_bytes: float = 1 << 30,
+) -> Tensor:
+    """The first half of `synthesize_images`: x [B, C, h, w] in the model's own space (pixels or latents)."""
     device = next(model.denoiser.parameters()).device
     index = torch.from_numpy(semantic_index(label_map, view)).to(device)
-    sector = torch.from_numpy(label_map != 0)[:, None].float().to(device)
-    shape = model.codec.shape(label_map.shape[1])
-    x = generate(
+    return generate(
         model.denoiser,
         one_hot_from_index(index),
         seeds,
         sampler or model.config.sampler,
-        shape=shape,
+        shape=model.codec.shape(label_map.shape[1]),
         amp=amp,
         modulation_cache_bytes=modulation_cache_bytes,
     )
+
+
+def decode_images(model: FittedModel, x: Tensor, label_map: np.ndarray) -> np.ndarray:
+    """The second half: images uint8 [B, H, W] from x, 0 outside the sector of label_map uint8 [B, H, W]."""
+    sector = torch.from_numpy(label_map != 0)[:, None].float().to(x.device)
     return to_u8(model.codec.decode(x, sector))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from raysyn.cluster.curves import CurvePoint, curve_points
 from raysyn.cluster.graph import GraphResult, Node, run_graph
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, open_stage
@@ -81,7 +82,7 @@ def study_nodes(config: CompareJob, rows: list[Row]) -> list[Node]:
     for row in rows[1:]:
         nodes += [n for task in ("classification", "segmentation") for n in _task_nodes(config, row, task, tuned=True)]
         nodes.append(_measure_node(config, row))
-    return nodes
+    return nodes + [_curve_node(config, point) for point in curve_points(config, rows)]
 
 
 def _fit_nodes(config: CompareJob) -> list[Node]:
@@ -135,34 +136,54 @@ def _task_nodes(config: CompareJob, row: Row, kind: str, *, tuned: bool) -> list
         task: TaskConfig = dataclasses.replace(getattr(config, kind), seed=getattr(config, kind).seed + seed)
         needs: tuple[str, ...] = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
         use = tuned and kind == "segmentation"
-        run = partial(_run_task, _job(JobConfig, config), task, row.kind, use)
+        run = partial(_run_task, _job(JobConfig, config), task, row.kind, use, 1.0)
         gpus = config.workers.gpus_per_worker
         needs += ("tune segmentation",) if use else ()
         nodes.append(Node(f"{kind} {row.key} seed {seed}", run, needs, num_cpus=1, num_gpus=gpus))
     return nodes
 
 
-def _run_task(job: JobConfig, task: TaskConfig, kind: str, use_tuned: bool, *inputs: Outcome) -> Outcome:
-    """Train one task on one set and test it on the prepared test frames."""
+def _curve_node(config: CompareJob, point: CurvePoint) -> Node:
+    real = point.share if point.curve == "real_fraction" else 0.0
+    part = point.share if point.curve == "num_synthetic" else 1.0
+    task = dataclasses.replace(config.segmentation, real_fraction=real)
+    run = partial(_run_task, _job(JobConfig, config), task, "synthetic", True, part)
+    needs = ("prepare", f"set {point.row}", "tune segmentation")
+    return Node(point.key, run, needs, num_cpus=1, num_gpus=config.workers.gpus_per_worker)
+
+
+def _run_task(
+    job: JobConfig, task: TaskConfig, kind: str, use_tuned: bool, set_share: float, *inputs: Outcome
+) -> Outcome:
+    """Train one task on one set (or a share of it) and test it on the prepared test frames."""
     from raysyn.cluster.task_runs import run_task
 
-    prepared = inputs[0]
+    prepared, threshold = inputs[0], 0.0
     train_set = prepared if kind == "ceiling" else inputs[1]
     if use_tuned:
-        task = dataclasses.replace(task, **inputs[-1].manifest["best_task"])
-    return run_task(job, task, [train_set.manifest["frames"]], prepared.manifest["frames"])
+        searched = inputs[-1].manifest
+        task, threshold = dataclasses.replace(task, **searched["best_task"]), searched["best_min_faithfulness"]
+    sets, real = [train_set.manifest["frames"]], prepared.manifest["frames"]
+    return run_task(job, task, sets, real, min_faithfulness=threshold, set_share=set_share)
 
 
 def _measure_node(config: CompareJob, row: Row) -> Node:
-    needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
+    needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}", "segmentation ceiling seed 0")
     return Node(f"realism {row.key}", partial(_run_realism, _job(JobConfig, config)), needs, num_cpus=1)
 
 
-def _run_realism(job: JobConfig, prepared: Outcome, train_set: Outcome | None = None) -> Outcome:
-    """Realism of a training set against the held-out test frames; the prepared set's own is the baseline."""
+def _run_realism(job: JobConfig, prepared: Outcome, *inputs: Outcome) -> Outcome:
+    """Realism of a training set against the held-out test frames, faithfulness by the ceiling's segmenter.
+
+    `inputs` are the set and the ceiling's task; without them the prepared set itself is measured, the baseline.
+    """
     from raysyn.cluster.task_runs import run_realism
 
-    return run_realism(job, (train_set or prepared).manifest["frames"], prepared.manifest["frames"])
+    real = prepared.manifest["frames"]
+    if not inputs:
+        return run_realism(job, real, real)
+    train_set, ceiling = inputs
+    return run_realism(job, train_set.manifest["frames"], real, segmenter_dir=ceiling.manifest["model_dir"])
 
 
 def compare_fingerprint(config: CompareJob) -> str:

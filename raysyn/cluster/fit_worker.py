@@ -22,6 +22,7 @@ from raysyn.config import to_dict
 from raysyn.data.storage import Storage
 from raysyn.diffusion.ema import EMA
 from raysyn.labels import semantic_index
+from raysyn.metrics.cost import Cost, measured
 from raysyn.pipeline import save_model, weights_sha256
 from raysyn.tracking import Tracker
 from raysyn.training import Diverged, Parallel, StepReport, build_optimizer
@@ -94,11 +95,12 @@ def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
     store = CheckpointStore(storage.join("checkpoints"), job.key, config.keep_checkpoints)
     outside = _Outside(job, built, parallel, storage)
     try:
-        finished = run(state, built.objective, config, store, parallel, outside.hooks())
+        with measured(parallel.device.type == "cuda") as cost:
+            finished = run(state, built.objective, config, store, parallel, outside.hooks())
         if not finished:
             outside.close("KILLED")
             return {"status": "stopped", "step": state.progress.step}
-        report = _save(job, state, built, storage, outside) if parallel.rank == 0 else {}
+        report = _save(job, state, built, storage, outside, cost) if parallel.rank == 0 else {}
         outside.close("FINISHED")
         return {"status": "done", **report}
     except BaseException:
@@ -175,8 +177,13 @@ class _Outside:
         self.tracker.log_image("samples", picture, step)
 
 
-def _save(job: WorkerJob, state: TrainState, built: Built, storage: Storage, outside: _Outside) -> dict[str, Any]:
-    """Write the model folder and the loss curves; returns the stage's manifest entries."""
+def _save(
+    job: WorkerJob, state: TrainState, built: Built, storage: Storage, outside: _Outside, cost: Cost
+) -> dict[str, Any]:
+    """Write the model folder and the loss curves; returns the stage's manifest entries.
+
+    Peaks and energy (what NVML tells of rank 0's GPU) are `cost`'s, since the worker's last start.
+    """
     progress = state.progress
     facts = {
         "images_seen": progress.images_seen,
@@ -190,6 +197,9 @@ def _save(job: WorkerJob, state: TrainState, built: Built, storage: Storage, out
         "train_cpu_seconds": round(progress.cpu_seconds, 3),
         "train_gpu_seconds": round(progress.gpu_seconds, 3),
         "train_wall_seconds": round(progress.wall_seconds, 3),
+        "peak_memory_mb": round(cost.peak_memory_mb),
+        "peak_gpu_memory_mb": round(cost.peak_gpu_memory_mb),
+        "energy_joules": cost.energy_joules,
     }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"

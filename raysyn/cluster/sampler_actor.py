@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from raysyn.data.frames import decode_png, frame_files, frames_to_table, open_sh
 from raysyn.data.masks import warp_label_map
 from raysyn.data.requests import Request, RequestPlan, Shard, synthetic_frame_id
 from raysyn.data.storage import Storage
+from raysyn.metrics.cost import Cost, measured
 from raysyn.types import VIEWS, Frame, Provenance
 
 
@@ -51,31 +53,33 @@ class SynthesisSpec:
     num_function_evals: int
     threads: int
     key: str
-    sampler: str = "raysyn.cluster.sampler_actor:model_sampler"
+    sampler: str = "raysyn.cluster.sampler_actor:ModelSampler"
 
 
-def model_sampler(spec: SynthesisSpec) -> Sampler:
-    """The fitted model of `spec.model_dir` on this worker's device.
+class ModelSampler:
+    """The fitted model of `spec.model_dir` on this worker's device; `decoding` is what its autoencoder has cost so far.
 
     A batch that does not fit the GPU is halved, with a warning in the worker's log: noise is each image's own, so that
     changes an image by no more than the choice of GPU kernels does.
     """
-    import logging
 
-    import torch
+    def __init__(self, spec: SynthesisSpec) -> None:
+        import torch
 
-    from raysyn.cluster.model_store import open_model
-    from raysyn.config import SamplerConfig
-    from raysyn.pipeline import synthesize_images
+        from raysyn.cluster.model_store import open_model
+        from raysyn.config import SamplerConfig
 
-    torch.set_num_threads(spec.threads)
-    model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = SamplerConfig(**spec.settings["sampler"])
-    budget, amp = spec.config.modulation_cache_bytes, spec.config.amp
+        torch.set_num_threads(spec.threads)
+        self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.sampler = SamplerConfig(**spec.settings["sampler"])
+        self.config, self.decoding = spec.config, Cost()
 
-    def draw(label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
+    def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
+        """Images uint8 [B, H, W]; raises torch.OutOfMemoryError when not even one image fits."""
+        import torch
+
         try:
-            return synthesize_images(model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
+            return self._draw(label_map, view, seeds)
         except torch.OutOfMemoryError:
             if len(seeds) == 1:
                 raise
@@ -83,9 +87,19 @@ def model_sampler(spec: SynthesisSpec) -> Sampler:
         torch.cuda.empty_cache()
         half = len(seeds) // 2
         parts = [slice(0, half), slice(half, None)]
-        return np.concatenate([draw(label_map[p], view[p], seeds[p]) for p in parts])
+        return np.concatenate([self(label_map[p], view[p], seeds[p]) for p in parts])
 
-    return draw
+    def _draw(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
+        from raysyn.pipeline import decode_images, sample_latents
+
+        budget = self.config.modulation_cache_bytes
+        x = sample_latents(
+            self.model, label_map, view, seeds, self.sampler, amp=self.config.amp, modulation_cache_bytes=budget
+        )
+        with measured(_on_gpu()) as cost:
+            images = decode_images(self.model, x, label_map)
+        self.decoding += cost
+        return images
 
 
 def _load(path: str) -> Any:
@@ -102,6 +116,7 @@ class ShardWriter:
         self.masks = {split: MaskFrames.read(spec.frames, split) for split in spec.plan.masks}
         self.sampler: Sampler = _load(spec.sampler)(spec)
         self.faithfulness = _faithfulness(spec)
+        self.rejected = Cost()
         self.report, self.started, self.images = reporter(f"{spec.key} worker {os.getpid()}"), time.perf_counter(), 0
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -114,9 +129,10 @@ class ShardWriter:
 
     def write(self, shard: Shard) -> dict[str, Any]:
         """Draw the images of a shard and write it; returns its record."""
-        clock = time.perf_counter(), time.process_time()
         attempts, below, tables = 0, 0, []
-        with ThreadPoolExecutor(1) as pool:  # PNG encoding runs beside the next batch's sampling
+        self.rejected, decoded = Cost(), self._decoding()
+        # PNG encoding runs beside the next batch's sampling.
+        with measured(_on_gpu()) as cost, ThreadPoolExecutor(1) as pool:
             for batch in self.spec.plan.batches(shard):
                 frames, tried, failed = self.draw(shard.split, batch)
                 attempts, below = attempts + tried, below + failed
@@ -128,16 +144,27 @@ class ShardWriter:
             "rows": shard.stop - shard.start,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "seconds": round(time.perf_counter() - clock[0], 4),
-            "cpu_seconds": round(time.process_time() - clock[1], 4),
-            "gpu_seconds": round(time.perf_counter() - clock[0], 4) if _on_gpu() else 0.0,
+            "seconds": round(cost.wall_seconds, 4),
+            "cpu_seconds": round(cost.cpu_seconds, 4),
+            "gpu_seconds": round(cost.gpu_seconds, 4),
             "attempts": attempts,
             "below_min_faithfulness": below,
+            "peak_memory_mb": round(cost.peak_memory_mb),
+            "peak_gpu_memory_mb": round(cost.peak_gpu_memory_mb),
+            "energy_joules": cost.energy_joules,
         }
+        for part, own in (("decode", self._decoding() - decoded), ("rejected", self.rejected)):
+            record |= {
+                f"{part}_cpu_seconds": round(own.cpu_seconds, 4),
+                f"{part}_gpu_seconds": round(own.gpu_seconds, 4),
+            }
         # The record first: a shard that is there is whole and has its record, so nothing whole is ever made again.
         self.storage.write_json(shard.record, record)
         self.storage.write_atomic(shard.name, data)
         return record
+
+    def _decoding(self) -> Cost:
+        return getattr(self.sampler, "decoding", Cost())
 
     def draw(self, split: str, batch: list[Request]) -> tuple[list[Frame], int, int]:
         """(frames, images drawn, frames kept below the threshold) of one batch; rejected ones get new seeds."""
@@ -154,8 +181,10 @@ class ShardWriter:
                 if not len(todo):
                     break
                 again = [batch[i].retry(attempt) for i in todo]
-                fresh = self.sampler(maps[todo], view[todo], again)
-                fresh_scores = self.faithfulness(fresh, maps[todo])
+                with measured(_on_gpu()) as cost:
+                    fresh = self.sampler(maps[todo], view[todo], again)
+                    fresh_scores = self.faithfulness(fresh, maps[todo])
+                self.rejected += cost  # an image is drawn anew for each that is thrown away
                 drawn += len(todo)
                 for i, image, score, seed in zip(todo, fresh, fresh_scores, again):
                     if score > scores[i]:

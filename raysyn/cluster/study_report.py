@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from raysyn.cluster.curves import curves_of
 from raysyn.cluster.graph import GraphResult
 from raysyn.config import CompareJob, to_dict
 from raysyn.data.frames import read_arrays
 from raysyn.data.storage import Storage
+from raysyn.metrics.cost import Cost, cost_columns
 from raysyn.report.table import COLUMNS, print_table, table_csv
 from raysyn.types import FrameArrays, Outcome
 
@@ -73,24 +76,50 @@ def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
     autoencoder: Outcome | None = next(
         (r for k, r in result.results.items() if isinstance(r, Outcome) and _is_autoencoder_of(r, fitted, k)), None
     )
-    cost: dict[str, Any] = {
-        "num_function_evals": drawn.manifest["num_function_evals"],
-        "seconds_per_image": drawn.manifest["seconds_per_image"],
-        "cost/num_attempts": drawn.manifest["num_attempts"],
-        "cost/num_rejected": drawn.manifest["num_rejected"],
+    from raysyn.models import describe
+
+    made, net = drawn.manifest, describe(row.model, config.data.image_size)
+    attempts, evaluations = made["num_attempts"], made["num_function_evals"] * made["num_attempts"]
+    decoding, rejected = (_seconds(made, part) for part in ("decode_", "rejected_"))
+    stages = {"fit": _fit_cost(fitted, net["gflops_per_evaluation"])}
+    if autoencoder is not None:
+        stages["autoencoder"] = _fit_cost(autoencoder, 0.0)
+        stages["decode"] = dataclasses.replace(decoding, flops=attempts * net["gflops_decode"] * 1e9)
+    sampling = _seconds(made) - decoding - rejected
+    stages["sample"] = dataclasses.replace(
+        sampling,
+        num_function_evals=evaluations,
+        flops=evaluations * net["gflops_per_evaluation"] * 1e9,
+        peak_memory_mb=made["peak_memory_mb"],
+        peak_gpu_memory_mb=made["peak_gpu_memory_mb"],
+        energy_joules=made["energy_joules"],
+    )
+    stages["rejected"] = rejected
+    return {
+        "num_function_evals": made["num_function_evals"],
+        "seconds_per_image": made["seconds_per_image"],
+        "cost/num_attempts": attempts,
+        "cost/num_rejected": made["num_rejected"],
         "cost/parameters": fitted.manifest["parameters"],
+        **cost_columns(stages, config.cost.usd_per_cpu_hour, config.cost.usd_per_gpu_hour),
     }
-    for device in ("cpu", "gpu"):
-        parts = {
-            f"cost/sample_{device}_seconds": drawn.manifest[f"{device}_seconds"],
-            f"cost/fit_{device}_seconds": fitted.manifest[f"train_{device}_seconds"],
-        }
-        if autoencoder is not None:
-            parts[f"cost/autoencoder_{device}_seconds"] = autoencoder.manifest[f"train_{device}_seconds"]
-        cost |= {**parts, f"cost/total_{device}_seconds": sum(parts.values())}
-    rates = {"cpu": config.cost.usd_per_cpu_hour, "gpu": config.cost.usd_per_gpu_hour}
-    cost["cost/usd"] = sum(cost[f"cost/total_{d}_seconds"] / 3600 * rate for d, rate in rates.items())
-    return cost
+
+
+def _seconds(manifest: dict[str, Any], part: str = "") -> Cost:
+    return Cost(cpu_seconds=manifest[f"{part}cpu_seconds"], gpu_seconds=manifest[f"{part}gpu_seconds"])
+
+
+def _fit_cost(fitted: Outcome, gflops: float) -> Cost:
+    """Of a fit; its FLOPs as three evaluations an image (forward, and backward twice that), 0 where `gflops` is."""
+    found = _seconds(fitted.manifest, "train_")
+    return dataclasses.replace(
+        found,
+        wall_seconds=fitted.manifest["train_wall_seconds"],
+        flops=3e9 * gflops * fitted.manifest["images_seen"],
+        peak_memory_mb=fitted.manifest["peak_memory_mb"],
+        peak_gpu_memory_mb=fitted.manifest["peak_gpu_memory_mb"],
+        energy_joules=fitted.manifest["energy_joules"],
+    )
 
 
 def _is_autoencoder_of(outcome: Outcome, fitted: Outcome, key: str) -> bool:
@@ -112,7 +141,8 @@ def write_study(config: CompareJob, rows: list[Any], result: GraphResult, finger
         write_report(
             folder,
             table,
-            curves=_curves(result),
+            curves=curves_of(config, rows, result.results),
+            trials=_trials(result),
             samples=_samples(config, rows, result),
             failures=result.failures,
             info=info,
@@ -128,12 +158,10 @@ def write_study(config: CompareJob, rows: list[Any], result: GraphResult, finger
     return {"rows": table, "failures": result.failures, "report": storage.join("report").uri, "not_logged": lost}
 
 
-def _curves(result: GraphResult) -> dict[str, list[dict[str, Any]]]:
+def _trials(result: GraphResult) -> list[dict[str, Any]]:
+    """The search's trials, in its order."""
     tuned: Outcome | None = result.results.get("tune segmentation")
-    if tuned is None:
-        return {}
-    trials = tuned.manifest["trials"]
-    return {"trials": [{"series": "score", "x": i + 1, "y": t["score"]} for i, t in enumerate(trials)]}
+    return [] if tuned is None else tuned.manifest["trials"]
 
 
 def _samples(config: CompareJob, rows: list[Any], result: GraphResult) -> Any:
@@ -144,8 +172,12 @@ def _samples(config: CompareJob, rows: list[Any], result: GraphResult) -> Any:
         return Samples()
     source = read_arrays(prepared.manifest["frames"], "train", limit=NUM_PICTURED)
     sets: dict[str, FrameArrays] = {}
+    pairs = {}
     for row in rows:
         drawn: Outcome | None = result.results.get(f"set {row.key}")
         if drawn is not None:
             sets[row.key] = read_arrays(drawn.manifest["frames"], "train", limit=NUM_PICTURED)
-    return Samples((config.data.name, source), sets)
+        measured: Outcome | None = result.results.get(f"realism {row.key}")
+        if measured is not None and row.kind == "synthetic" and measured.manifest["worst_pairs"]:
+            pairs[row.key] = Storage.at(measured.path).read_bytes("worst_pairs.png")
+    return Samples((config.data.name, source), sets, pairs)

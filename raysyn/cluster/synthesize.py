@@ -29,6 +29,7 @@ from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
 PLAN = "plan.json"
+SUMMED = tuple(f"{part}{unit}" for part in ("", "decode_", "rejected_") for unit in ("cpu_seconds", "gpu_seconds"))
 PACKAGES = ("torch", "diffusers", "numpy", "pyarrow", "pillow")
 
 
@@ -117,7 +118,7 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     decisive = {
         k: v for k, v in dataclasses.asdict(synthesis).items() if k not in ("modulation_cache_bytes", "plan_only")
     }
-    key = fingerprint("synthesize", frames_fingerprint, settings, decisive)
+    key = fingerprint("synthesize 2", frames_fingerprint, settings, decisive)
     metadata = {
         "raysyn_fingerprint": key,
         "raysyn_schema_version": SCHEMA_VERSION,
@@ -241,7 +242,9 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
     if missing:
         raise RuntimeError(f"{len(missing)} shards are missing after the run, the first is {missing[0]}")
     records = [whole[s.name] for s in shards]
-    totals = {key: round(sum(r[key] for r in records), 4) for key in ("seconds", "cpu_seconds", "gpu_seconds")}
+    totals = {key: round(sum(r[key] for r in records), 4) for key in ("seconds", *SUMMED)}
+    peaks = {key: max(r[key] for r in records) for key in ("peak_memory_mb", "peak_gpu_memory_mb")}
+    energies = [r["energy_joules"] for r in records]
     images = spec.plan.num_requests()
     attempts = sum(r["attempts"] for r in records)
     manifest = {
@@ -255,6 +258,8 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "below_min_faithfulness": sum(r["below_min_faithfulness"] for r in records),
         "num_function_evals": spec.num_function_evals,
         **totals,
+        **peaks,
+        "energy_joules": None if None in energies else sum(energies),
         "seconds_per_image": totals["seconds"] / images,
         "threads_per_worker": spec.threads,
         "metadata": spec.metadata,

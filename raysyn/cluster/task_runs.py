@@ -115,12 +115,22 @@ def _faithful(uri: str, split: str, threshold: float) -> FrameArrays:
     return frames.take(kept)
 
 
-def run_task(job: JobConfig, task: TaskConfig, train_sets: list[str], real: str) -> Outcome:
+def run_task(
+    job: JobConfig,
+    task: TaskConfig,
+    train_sets: list[str],
+    real: str,
+    *,
+    min_faithfulness: float = 0.0,
+    set_share: float = 1.0,
+) -> Outcome:
     """Train `task` on frame sets and test it on `real`'s test split; skipped when it was done.
 
-    Manifest: `scores`, and `model_dir`, the trained network (what `synthesize.segmenter_dir` and `run_realism` take).
+    `set_share` < 1 takes that share of the training frames, drawn by the task's seed. Manifest: `scores`, and
+    `model_dir`, the trained network (what `synthesize.segmenter_dir` and `run_realism` take).
     """
-    key = fingerprint(TASK_VERSION, task, [set_fingerprint(u) for u in train_sets], set_fingerprint(real))
+    kept = (min_faithfulness, set_share) if (min_faithfulness, set_share) != (0.0, 1.0) else ()
+    key = fingerprint(TASK_VERSION, task, [set_fingerprint(u) for u in train_sets], set_fingerprint(real), *kept)
     stage = open_stage(job.storage, "task", key)
     done = stage.outcome()
     if done is not None:
@@ -130,7 +140,10 @@ def run_task(job: JobConfig, task: TaskConfig, train_sets: list[str], real: str)
     from raysyn.tasks.segmentation import evaluate_segmentation, train_segmentation
 
     started = time.perf_counter()
-    sets = load_sets(train_sets, real, task)
+    sets = load_sets(train_sets, real, task, min_faithfulness=min_faithfulness)
+    if set_share < 1:
+        order = np.random.default_rng(task.seed).permutation(len(sets["train"]))
+        sets["train"] = sets["train"].take(np.sort(order[: max(1, round(set_share * len(order)))]))
     report = reporter(f"{task.kind} on {len(sets['train'])} frames")
 
     def progress(status: dict[str, Any]) -> None:

@@ -37,6 +37,14 @@ class Cost:
             parts[key] = max(a, b) if key.startswith("peak_") else None if a is None or b is None else a + b
         return Cost(**parts)
 
+    def __sub__(self, part: Cost) -> Cost:
+        """What is left without `part`: amounts subtract, peaks stay, unknown energy stays unknown."""
+        left: dict[str, Any] = {}
+        for key in (f.name for f in fields(Cost)):
+            a, b = getattr(self, key), getattr(part, key)
+            left[key] = a if key.startswith("peak_") else None if a is None or b is None else a - b
+        return Cost(**left)
+
     def usd(self, usd_per_cpu_hour: float, usd_per_gpu_hour: float) -> float:
         """Money at the configured rates."""
         return (self.cpu_seconds * usd_per_cpu_hour + self.gpu_seconds * usd_per_gpu_hour) / SECONDS_PER_HOUR
@@ -69,22 +77,30 @@ def measured(on_gpu: bool = False) -> Iterator[Cost]:
     The Cost that it gives is filled when the block ends, also by an exception. CUDA work is waited for at the end.
     """
     cost = Cost()
+    if on_gpu:
+        _wait_for_gpu()  # earlier work is not this block's
     wall, cpu = time.perf_counter(), time.process_time()
     energy = gpu_energy_joules() if on_gpu else None
     try:
         yield cost
     finally:
         if on_gpu:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                cost.peak_gpu_memory_mb = torch.cuda.max_memory_allocated() / 2**20
+            cost.peak_gpu_memory_mb = _wait_for_gpu()
         cost.wall_seconds, cost.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
         cost.gpu_seconds = cost.wall_seconds if on_gpu else 0.0
         cost.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         now = gpu_energy_joules() if energy is not None else None
         cost.energy_joules = now - energy if now is not None and energy is not None else None
+
+
+def _wait_for_gpu() -> float:
+    """Let queued CUDA work end; the peak of allocated memory so far in MiB, 0 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    return float(torch.cuda.max_memory_allocated()) / 2**20
 
 
 def gpu_energy_joules() -> float | None:

@@ -272,6 +272,28 @@ def curve_figure(
     return FigureOf(name, title, "", figure, [dict(p) for p in points])
 
 
+def trials_figure(trials: Sequence[Mapping[str, Any]]) -> FigureOf | None:
+    """A search's trials {score, cost, complete}: score against cost with the front of the whole ones; None below two."""
+    whole = [t for t in trials if t["complete"]]
+    if len(whole) < 2:
+        return None
+    costs, scores = [[float(t[k]) for t in whole] for k in ("cost", "score")]
+    front = pareto_front(costs, scores)
+    figure, axes = _figure("Search: score against cost of a trial")
+    axes.set_xlabel("CPU-seconds of the trial")
+    axes.set_ylabel("validation score")
+    pruned = [t for t in trials if not t["complete"]]
+    if pruned:
+        axes.plot([t["cost"] for t in pruned], [t["score"] for t in pruned], "x", color=GREY, label="pruned")
+    axes.plot(costs, scores, "o", color=PALETTE[0], markersize=7, label="ran to its end")
+    steps = [[values[i] for i in front] for values in (costs, scores)]
+    axes.step(*steps, where="post", color=INK, linewidth=1.1, alpha=0.55, label="Pareto front")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **LEGEND)
+    keys = [str(k) for k in trials[0].get("params", {})]
+    data = [{"score": t["score"], "cost": t["cost"], **{k: t["params"].get(k) for k in keys}} for t in trials]
+    return FigureOf("trials", "Search: score against cost of a trial", "", figure, data)
+
+
 def save_figure(made: FigureOf, folder: str | Path, dpi: int = 150) -> tuple[Path, Path]:
     """Write `<name>.png` and `<name>.csv` into `folder`."""
     folder = Path(folder)

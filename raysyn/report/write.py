@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
-from raysyn.report.figures import FigureOf, cost_bars, cost_figure, curve_figure, realism_figure, save_figure
-from raysyn.report.grids import colour_key, hero_picture, sample_grid, worst_pairs
+from raysyn.report.figures import (
+    FigureOf,
+    cost_bars,
+    cost_figure,
+    curve_figure,
+    realism_figure,
+    save_figure,
+    trials_figure,
+)
+from raysyn.report.grids import colour_key, hero_picture, sample_grid
 from raysyn.report.html import page_html
 from raysyn.report.table import Row, number, write_tables
 from raysyn.types import FrameArrays
@@ -29,7 +38,6 @@ CURVES = {
     "learning": ("Learning curves", "images seen", "validation loss of the averaged weights", False),
     "num_synthetic": ("Dice against the number of synthetic frames", "synthetic frames", "mean Dice", True),
     "real_fraction": ("Dice against the share of real frames", "real fraction", "mean Dice", False),
-    "trials": ("Search: score of each trial", "trial", "validation score", False),
 }
 
 
@@ -38,12 +46,12 @@ class Samples:
     """What the pictures are made of.
 
     `source` is the set that masks came from (name, frames); `sets` maps a name to (a part of) its synthetic frames;
-    `pairs` maps a name to its most similar (synthetic uint8 [N, H, W], nearest training frame, similarity [N]).
+    `pairs` maps a name to the picture (PNG bytes) of its frames most like a training frame, `grids.worst_pairs`'.
     """
 
     source: tuple[str, FrameArrays] | None = None
     sets: Mapping[str, FrameArrays] = field(default_factory=dict)
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[float]]] = field(default_factory=dict)
+    pairs: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def write_report(
@@ -51,6 +59,7 @@ def write_report(
     rows: Sequence[Row],
     *,
     curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    trials: Sequence[Mapping[str, Any]] = (),
     samples: Samples | None = None,
     failures: Mapping[str, str] | None = None,
     info: Mapping[str, Any] | None = None,
@@ -58,13 +67,14 @@ def write_report(
 ) -> list[Path]:
     """Write the whole report into a local `folder`; `index.html` holds everything and is written last.
 
-    `curves` maps a name of `CURVES` to points {series, x, y, low?, high?}. `failures` maps a stage to its error line.
+    `curves` maps a name of `CURVES` to points {series, x, y, low?, high?}, `trials` are a search's {score, cost,
+    complete}. `failures` maps a stage to its error line.
     Returns every file written, index.html first.
     """
     folder = Path(folder)
     written = write_tables(folder, rows)
     figures = []
-    for made in study_figures(rows, curves or {}):
+    for made in study_figures(rows, curves or {}, trials):
         picture, numbers = save_figure(made, folder / "figures")
         figures.append((picture, made.title, made.caption))
         written += [picture, numbers]
@@ -94,8 +104,10 @@ def _legend_line(rows: Sequence[Row]) -> str:
     return text if any(number(r, "mean_dice_low") is not None for r in rows) else "The best generated set in blue."
 
 
-def study_figures(rows: Sequence[Row], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[FigureOf]:
-    """Every figure that the rows and curves have the numbers for."""
+def study_figures(
+    rows: Sequence[Row], curves: Mapping[str, Sequence[Mapping[str, Any]]], trials: Sequence[Mapping[str, Any]] = ()
+) -> list[FigureOf]:
+    """Every figure that the rows, curves and trials have the numbers for."""
     device = "gpu" if any(number(r, "cost/fit_gpu_seconds") for r in rows) else "cpu"
     parts = {key.format(device): label for key, label in COST_PARTS.items()}
     unit = f"{device.upper()}-seconds"
@@ -108,6 +120,7 @@ def study_figures(rows: Sequence[Row], curves: Mapping[str, Sequence[Mapping[str
     for name, points in curves.items():
         heading, xlabel, ylabel, log_x = CURVES.get(name, (name, "x", "y", False))
         made.append(curve_figure(name, heading, xlabel, ylabel, points, log_x))
+    made.append(trials_figure(trials))
     return [figure for figure in made if figure is not None]
 
 
@@ -122,11 +135,9 @@ def write_pictures(folder: Path, samples: Samples) -> list[tuple[Path, str]]:
         made.append((sample_grid(frames), _file_name(name), f"{name}: training frames with their label maps."))
     for name, frames in samples.sets.items():
         made.append((sample_grid(frames), _file_name(name), f"{name}: synthetic frames with the maps asked for."))
-    for name, (synthetic, nearest, similarity) in samples.pairs.items():
-        caption = (
-            f"{name}: the synthetic frames most like a training frame, that frame below each, and their similarity."
-        )
-        made.append((worst_pairs(synthetic, nearest, similarity), f"{_file_name(name)}_nearest", caption))
+    for name, data in samples.pairs.items():
+        caption = f"{name}: the synthetic frames most like a training frame, that frame below each, their correlation."
+        made.append((Image.open(io.BytesIO(data)), f"{_file_name(name)}_nearest", caption))
     if made:
         made.append((colour_key(), "colours", "Colours of the label maps."))
         folder.mkdir(parents=True, exist_ok=True)
