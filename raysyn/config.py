@@ -36,10 +36,14 @@ INF = float("inf")
 
 @dataclass
 class DataConfig:
-    """Where frames come from. `num_*_patients` and `seed` are the phantom's; `root` is CAMUS's or the PNG folder's."""
+    """Where frames come from. `num_*_patients` and `seed` are the phantom's; `root` is CAMUS's or the PNG folder's.
+
+    `source` says what the pictures of a PNG folder are: real, or synthetic ones of somebody's model.
+    """
 
     name: str = "phantom"
     root: str = ""
+    source: str = "real"
     image_size: int = 256
     on_bad_frame: str = "raise"
     num_train_patients: int = 400
@@ -49,6 +53,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, name=("phantom", "camus", "png_folder"), on_bad_frame=("raise", "skip"))
+        _one_of(self, source=("real", "synthetic"))
+        if self.source == "synthetic" and self.name != "png_folder":
+            raise UserError(f"data.source: synthetic is for PNG folders; {self.name} is what it is")
         _within(self, image_size=(32, 1024), num_train_patients=(1, 1e6), num_validation_patients=(1, 1e6))
         _within(self, num_test_patients=(1, 1e6), seed=(0, 2**31))
 
@@ -434,7 +441,10 @@ class TuneJob(JobConfig):
 
 @dataclass
 class CompareJob(JobConfig):
-    """`jobs/compare.py`: the study. One row a (model, solver, number of steps), the ceiling beside them."""
+    """`jobs/compare.py`: the study. One row a (model, solver, number of steps), the ceiling beside them.
+
+    `extractors` name what realism is measured with: lite0 (embedded), inception=FILE, <timm model>=FILE.
+    """
 
     models: list[ModelConfig] = field(default_factory=list)
     solvers: list[str] = field(default_factory=lambda: ["euler", "heun"])
@@ -445,6 +455,7 @@ class CompareJob(JobConfig):
     search: SearchConfig = field(default_factory=SearchConfig)
     num_task_seeds: int = 1
     controls: list[str] = field(default_factory=lambda: ["reconstruction", "prior"])
+    extractors: list[str] = field(default_factory=lambda: ["lite0"])
     curves: bool = False
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from raysyn.nets.spade import one_hot_from_index
 from raysyn.training import SampleLosses, build_optimizer, train
 from raysyn.training_batches import Batch, FrameSource
 from raysyn.training_objectives import (
+    AutoencoderLoss,
     AutoencoderObjective,
     DiffusionObjective,
     Moments,
@@ -187,6 +188,24 @@ def test_autoencoder_loss_is_that_of_its_terms_and_late_terms_come_late() -> Non
         assert float(losses.loss[i]) == pytest.approx(float(expected), rel=1e-4)
     assert objective.part_names == ("image", "kl", "latent")
     assert float(losses.total) == pytest.approx(float(losses.loss.sum()), rel=1e-5)
+
+
+def test_all_four_terms_with_their_weights_reach_every_parameter() -> None:
+    class Features(torch.nn.Module):
+        def forward(self, x):
+            return [x.repeat(1, 4, 1, 1), F.avg_pool2d(x, 2).repeat(1, 4, 1, 1)]
+
+    weights = dataclasses.replace(VAE, fit=FIT, weight_latent=0.5)
+    vae = make_vae().train().requires_grad_(True)
+    batch = AutoencoderObjective(vae, weights, make_source(), make_source()).validation_batch(np.arange(4))
+    losses = AutoencoderLoss(vae, weights, Features())(batch)
+    parts = losses.parts
+    assert set(parts) == {"image", "kl", "latent", "perceptual"}
+    given = {"image": weights.weight_image, "kl": weights.weight_kl, "latent": 0.5}
+    expected = sum(given[k] * parts[k] for k in given) + weights.weight_perceptual * parts["perceptual"]
+    assert torch.allclose(losses.loss, expected)
+    losses.total.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in vae.parameters())
 
 
 def test_latent_statistics_are_those_of_draws_inside_the_sector() -> None:

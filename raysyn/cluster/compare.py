@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from raysyn.cluster.curves import CurvePoint, curve_points
@@ -169,10 +170,12 @@ def _run_task(
 
 def _measure_node(config: CompareJob, row: Row) -> Node:
     needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}", "segmentation ceiling seed 0")
-    return Node(f"realism {row.key}", partial(_run_realism, _job(JobConfig, config)), needs, num_cpus=1)
+    return Node(
+        f"realism {row.key}", partial(_run_realism, _job(JobConfig, config), config.extractors), needs, num_cpus=1
+    )
 
 
-def _run_realism(job: JobConfig, prepared: Outcome, *inputs: Outcome) -> Outcome:
+def _run_realism(job: JobConfig, extractors: list[str], prepared: Outcome, *inputs: Outcome) -> Outcome:
     """Realism of a training set against the held-out test frames, faithfulness by the ceiling's segmenter.
 
     `inputs` are the set and the ceiling's task; without them the prepared set itself is measured, the baseline.
@@ -181,9 +184,10 @@ def _run_realism(job: JobConfig, prepared: Outcome, *inputs: Outcome) -> Outcome
 
     real = prepared.manifest["frames"]
     if not inputs:
-        return run_realism(job, real, real)
+        return run_realism(job, real, real, extractors)
     train_set, ceiling = inputs
-    return run_realism(job, train_set.manifest["frames"], real, segmenter_dir=ceiling.manifest["model_dir"])
+    segmenter = ceiling.manifest["model_dir"]
+    return run_realism(job, train_set.manifest["frames"], real, extractors, segmenter_dir=segmenter)
 
 
 def compare_fingerprint(config: CompareJob) -> str:
@@ -202,8 +206,21 @@ def compare_fingerprint(config: CompareJob) -> str:
         config.num_task_seeds,
         config.controls,
         config.curves,
+        config.extractors,
         config.cost,
     )
+
+
+def check_extractors(extractors: list[str]) -> None:
+    """Raise UserError for none at all, and for one whose weights file is not there, before any work."""
+    if not extractors:
+        raise UserError("extractors: name at least one, e.g. extractors=[lite0]")
+    for spec in extractors:
+        file = spec.partition("=")[2]
+        if spec != "lite0" and not Path(file).is_file():
+            raise UserError(
+                f"extractors: {spec!r} names no weights file; give lite0, inception=FILE or <timm model>=FILE"
+            )
 
 
 def compare(config: CompareJob) -> Outcome:
@@ -212,6 +229,7 @@ def compare(config: CompareJob) -> Outcome:
 
     if not config.models:
         raise UserError("model: name at least one, e.g. model=edm_l64 or model=all")
+    check_extractors(config.extractors)
     stage: StageDir = open_stage(config.storage, "compare", compare_fingerprint(config), overwrite=config.overwrite)
     done = stage.outcome()
     if done is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from raysyn.data.storage import Storage
 from raysyn.types import FrameArrays, Outcome, UserError
 
 TASK_VERSION = "task 2"  # goes up when a manifest gains a number, so that older ones are made again
-REALISM_VERSION = "realism 2"
+REALISM_VERSION = "realism 3"
 
 
 def set_fingerprint(uri: str) -> str:
@@ -184,15 +185,17 @@ def _on_gpu() -> bool:
 
 
 def run_realism(
-    job: JobConfig, train_set: str, real: str, extractor: str = "lite0", *, segmenter_dir: str = ""
+    job: JobConfig, train_set: str, real: str, extractors: Sequence[str] = ("lite0",), *, segmenter_dir: str = ""
 ) -> Outcome:
     """Measure a set's training frames against `real`'s held-out test frames, whose patients no model saw.
 
     Manifest: `scores` (realism with the real-against-real baseline beside each; for a synthetic set memorisation, and
     with `segmenter_dir`, a task model trained on real frames, faithfulness), `worst_pairs`, and where pairs were found
-    their picture `worst_pairs.png`.
+    their picture `worst_pairs.png`. The first extractor finds the pairs; the others add their own distances.
     """
-    key = fingerprint(REALISM_VERSION, extractor, set_fingerprint(train_set), set_fingerprint(real), segmenter_dir)
+    key = fingerprint(
+        REALISM_VERSION, list(extractors), set_fingerprint(train_set), set_fingerprint(real), segmenter_dir
+    )
     stage = open_stage(job.storage, "realism", key)
     done = stage.outcome()
     if done is not None:
@@ -206,13 +209,14 @@ def run_realism(
         feature_distances,
         free_distances,
         open_extractor,
+        realism,
     )
 
     frames, test = read_arrays(train_set, "train"), read_arrays(real, "test")
     refuse_leak({train_set: frames}, test)
     train = frames if train_set == real else read_arrays(real, "train")
     check_enough(frames=frames, reference_frames=test, baseline_frames=train)
-    found = open_extractor(extractor)
+    found = open_extractor(extractors[0])
     b, c = (Measured(f, found.features(f.image_u8)) for f in (test, train))
     a = c if train_set == real else Measured(frames, found.features(frames.image_u8))
     scores: dict[str, Any] = {**feature_distances(a, b, found.name), **free_distances(frames, test)}
@@ -226,6 +230,10 @@ def run_realism(
         if segmenter_dir:
             scores |= faithfulness_scores(frames, segmenter_dir)
     scores |= described(found, a, b)
+    for other in map(open_extractor, extractors[1:]):
+        own = realism(frames, test, other, real=None if train_set == real else train)
+        scores |= {k: v for k, v in own.items() if f"_{other.name}" in k}
+        scores |= {f"{other.name}_sha256": other.sha256, f"{other.name}_preprocessing": other.preprocessing}
     return stage.finish({"scores": scores, "split": "train against test", "worst_pairs": pairs})
 
 

@@ -1,4 +1,4 @@
-"""The published PNG layout (REFERENCE §3), of real and of synthetic sets alike; frames from it count as real input.
+"""The published PNG layout (REFERENCE §3), of real and of synthetic sets alike: `data.source` says which.
 
 `images/{training,validation,testing}/*.png` with `annotations/…` (labels 0-3) and, if there, `sector_annotations/…`
 (structures 0-4), each under the picture's name or that name with `_gt`. Split and patient come from the folder and from
@@ -8,7 +8,7 @@ the whole name, `[prefix_]patientNNNN_{2CH,4CH}_{ED,ES}[_suffix].png`, never fro
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class PngFolderReader:
     root: str
     image_size: int
     on_bad_frame: str = "raise"
+    source: str = "real"
     name: str = "png_folder"
 
     @property
@@ -60,7 +61,7 @@ class PngFolderReader:
         problems, frames = Problems(self.on_bad_frame), []
         for files in patient.files:
             try:
-                frames.append(read_frame(files, patient, self.image_size))
+                frames.append(replace(read_frame(files, patient, self.image_size), source=self.source))
             except BadPicture as bad:
                 problems.add(bad.file, bad.reason)
         return frames, problems.skipped

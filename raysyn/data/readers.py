@@ -149,7 +149,7 @@ def open_reader(data: DataConfig) -> Reader:
         return CamusReader(str(root), data.image_size, data.on_bad_frame)
     from raysyn.data.png_folder import PngFolderReader
 
-    return PngFolderReader(str(root), data.image_size, data.on_bad_frame)
+    return PngFolderReader(str(root), data.image_size, data.on_bad_frame, data.source)
 
 
 def split_once(splits: Mapping[str, Iterable[str]], origin: Mapping[str, str], problems: Problems) -> dict[str, str]:

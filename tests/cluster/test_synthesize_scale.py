@@ -25,22 +25,23 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_MASKS = 100
 # A worker and then a driver, each alone in a process, so that each has a peak of its own.
 MEASURE = """
-import pickle, resource, sys
+import pickle, sys
 sys.path[:0] = [{root!r}, {folder!r}]
 import raysyn.cluster.sampler_actor as actor
 from raysyn.cluster.synthesize import claim, finish
 from raysyn.cluster.stage import open_stage
 from raysyn.config import SynthesizeJob
 actor.reporter = lambda key: lambda status: None
-spec = pickle.load(open({spec!r}, "rb"))
+stage = open_stage({storage!r}, "synthesize", "scale")
+spec = claim(stage, pickle.load(open({spec!r}, "rb")))
 if {part!r} == "worker":
     writer = actor.ShardWriter(spec)
     for shard in spec.plan.shards():
         writer.write(shard)
 else:
-    stage = open_stage({storage!r}, "synthesize", "scale")
-    finish(SynthesizeJob(), stage, claim(stage, spec))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    finish(SynthesizeJob(), stage, spec)
+status = open("/proc/self/status").read().split()  # not ru_maxrss: that is inherited from what started us
+print(status[status.index("VmHWM:") + 1])
 """
 MOCK = """
 import numpy as np

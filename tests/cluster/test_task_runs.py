@@ -95,6 +95,23 @@ def test_measures_of_a_synthetic_set_hold_baseline_copies_and_faithfulness(sets,
     assert own.manifest["worst_pairs"] == []
 
 
+def test_a_further_extractor_adds_its_own_distances(sets, tmp_path) -> None:
+    import timm
+    import torch
+
+    real, made = sets
+    weights = tmp_path / "tiny.pt"
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), weights)
+    both = run_realism(JobConfig(storage=str(tmp_path)), made, real, ["lite0", f"resnet10t={weights}"])
+    scores = both.manifest["scores"]
+    (other,) = [k for k in scores if k.startswith("fd_resnet10t") and "baseline" not in k]
+    assert scores[other] > 0
+    assert scores["fd_lite0"] > 0
+    assert any(k.startswith("fd_resnet10t") and k.endswith("_baseline") for k in scores)
+    assert scores["extractor"] == "lite0"
+
+
 def test_frames_below_the_faithfulness_asked_for_are_left_out(sets) -> None:
     real, made = sets
     found = load_sets([made], real, TASK, min_faithfulness=0.5)
@@ -132,3 +149,14 @@ def test_sets_of_two_sizes_are_refused(sets, tmp_path) -> None:
     small = write_set(tmp_path / "small", {"train": range(2), "validation": range(4, 5)}, size=32)
     with pytest.raises(UserError, match="prepare them at one size"):
         load_sets([small], real, TASK)
+
+
+def test_a_share_of_a_set_is_another_result(sets, tmp_path) -> None:
+    real, made = sets
+    job = JobConfig(storage=str(tmp_path))
+    whole = run_task(job, TASK, [made], real)
+    part = run_task(job, TASK, [made], real, set_share=0.25)
+    faithful = run_task(job, TASK, [made], real, min_faithfulness=0.5)
+    counts = [o.manifest["num_train_frames"] for o in (whole, part, faithful)]
+    assert counts == [counts[0], counts[0] // 4, counts[0] // 2]
+    assert len({o.fingerprint for o in (whole, part, faithful)}) == 3

@@ -58,8 +58,9 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read_all(root: Path, policy: str = "raise"):
-    reader = open_reader(DataConfig(name="png_folder", root=str(root), image_size=32, on_bad_frame=policy))
+def read_all(root: Path, policy: str = "raise", source: str = "real"):
+    data = DataConfig(name="png_folder", root=str(root), image_size=32, on_bad_frame=policy, source=source)
+    reader = open_reader(data)
     index = reader.index()
     frames, skipped = [], list(index.skipped)
     for patient in index.patients:
@@ -67,6 +68,13 @@ def read_all(root: Path, policy: str = "raise"):
         frames += found
         skipped += left_out
     return index, frames, skipped
+
+
+def test_a_published_synthetic_set_is_not_called_real(root: Path) -> None:
+    assert {f.source for f in read_all(root)[1]} == {"real"}
+    assert {f.source for f in read_all(root, source="synthetic")[1]} == {"synthetic"}
+    with pytest.raises(UserError, match=r"data\.source"):
+        DataConfig(name="camus", source="synthetic")
 
 
 def test_the_published_layout(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,15 @@ from PIL import Image
 
 from raysyn.labels import COLOURS
 from raysyn.report import Samples, publish, write_report
-from raysyn.report.figures import cost_bars, cost_figure, curve_figure, model_colours, realism_figure, save_figure
+from raysyn.report.figures import (
+    cost_bars,
+    cost_figure,
+    curve_figure,
+    model_colours,
+    realism_figure,
+    save_figure,
+    trials_figure,
+)
 from raysyn.report.grids import GAP, MARGIN, hero_picture, sample_grid, spread, tile_rows, worst_pairs
 from raysyn.report.write import write_pictures
 from raysyn.types import FrameArrays
@@ -83,12 +92,15 @@ class Page(HTMLParser):
 def test_the_report_is_whole_and_refers_to_nothing_outside(tmp_path: Path) -> None:
     source = frames(9)
     synthetic = frames(9, "synthetic", source.frame_id, shift=1)
-    pairs = (synthetic.image_u8, source.image_u8, np.linspace(0, 1, 9))
+    pairs = io.BytesIO()
+    worst_pairs(synthetic.image_u8, source.image_u8, np.linspace(0, 1, 9)).save(pairs, format="PNG")
+    trials = [{"score": 0.1 * i, "cost": 5.0 - i, "complete": i != 2, "params": {"lr": 0.1}} for i in range(4)]
     written = write_report(
         tmp_path / "report",
         study(),
         curves={"learning": [{"series": "edm", "x": i, "y": 1 / (i + 1)} for i in range(9)], "num_synthetic": []},
-        samples=Samples(("phantom", source), {"edm_l128 heun 5": synthetic}, {"edm_l128 heun 5": pairs}),
+        samples=Samples(("phantom", source), {"edm_l128 heun 5": synthetic}, {"edm_l128 heun 5": pairs.getvalue()}),
+        trials=trials,
         failures={"fit vp": "loss <is> not finite"},
         info={"fingerprints": {"compare": "ab12"}, "data": "phantom"},
     )
@@ -102,7 +114,7 @@ def test_the_report_is_whole_and_refers_to_nothing_outside(tmp_path: Path) -> No
     names = {path.name for path in written}
     expected = {
         f"{n}.{e}"
-        for n in ("cost_dice", "realism_dice", "total_cost_dice", "cost_bars", "learning")
+        for n in ("cost_dice", "realism_dice", "total_cost_dice", "cost_bars", "learning", "trials")
         for e in ("png", "csv")
     }
     expected |= {
@@ -227,6 +239,19 @@ def test_the_hero_has_one_set_a_model_and_no_controls(tmp_path: Path) -> None:
     (path, _), *_ = write_pictures(tmp_path, Samples(("phantom", source), dict.fromkeys(names, made)))
     assert path.name == "hero.png"
     assert (Image.open(path).height - 2 * MARGIN + GAP) // (144 + GAP) == 4, "frame, mask, edm, vp"
+
+
+def test_the_search_figure_has_the_front_of_whole_trials_only() -> None:
+    trials = [
+        {"score": 0.9, "cost": 1.0, "complete": False, "params": {"lr": 1}},
+        {"score": 0.7, "cost": 2.0, "complete": True, "params": {"lr": 2}},
+    ]
+    assert trials_figure(trials) is None, "one whole trial makes no front"
+    made = trials_figure([*trials, {"score": 0.8, "cost": 3.0, "complete": True, "params": {"lr": 3}}])
+    assert made is not None
+    assert [row["lr"] for row in made.data] == [1, 2, 3]
+    front = next(line for line in made.figure.axes[0].lines if line.get_label() == "Pareto front")
+    assert list(front.get_xdata()) == [2.0, 3.0]
 
 
 def test_worst_pairs_come_first() -> None:
