@@ -289,11 +289,12 @@ def _faithfulness(spec: SynthesisSpec) -> Any:
     """A function (images, maps) -> Dice of a real-trained segmenter's reading with the requested map [B], or None."""
     if not spec.config.segmenter_dir:
         return None
+    from raysyn.cluster.model_store import local_copy
     from raysyn.metrics.faithfulness import mean_region_dice
     from raysyn.tasks.fitting import load_task
     from raysyn.tasks.segmentation import predict_label_maps
 
-    segmenter = load_task(spec.config.segmenter_dir)
+    segmenter = load_task(local_copy(spec.config.segmenter_dir))
     return lambda images, maps: mean_region_dice(predict_label_maps(segmenter, images), maps)
 
 

@@ -66,7 +66,10 @@ def _as(cls: type, config: SynthesizeJob, **values: Any) -> Any:
 def find_model(config: SynthesizeJob) -> str:
     """The model folder: `model_dir`, else where the fit of `config.model` put it. Raises UserError when there is none."""
     if config.model_dir:
-        return config.model_dir
+        place = Storage.at(config.model_dir)
+        if not place.exists("model.json"):
+            raise UserError(f"model_dir: {config.model_dir}: no model.json there; give a folder that jobs/fit.py wrote")
+        return place.uri
     from raysyn.cluster.fit import fit_fingerprint
     from raysyn.cluster.inputs import prepare_fingerprint
 
