@@ -1,4 +1,7 @@
-"""Put a finished demo's table and picture into README: `python -m benchmarks.readme_demo runs/demo "note on the run"`."""
+"""Put a finished study's table and picture into README, between the markers of its block.
+
+`python -m benchmarks.readme_demo demo runs/demo "note on the run"`, and `all runs/demo_all` for that of the six models.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from pathlib import Path
 from raysyn.report.write import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 SHOWN = {
     "trained_on": "trained on",
     "model": "model",
@@ -42,23 +44,24 @@ def _cell(text: str) -> str:
     return text if value == int(value) and "." not in text else f"{value:.3f}" if value < 10 else f"{value:.0f}"
 
 
-def main(folder: str, note: str) -> None:
-    """Rewrite the part of README between the markers, and keep the CSV and the picture with it."""
+def main(block: str, folder: str, note: str) -> None:
+    """Rewrite the part of README between the block's markers, and keep the CSV and the picture with it."""
     report, kept = Path(folder) / "report", ROOT / "benchmarks" / "results"
     kept.mkdir(exist_ok=True)
     for name in ("table.csv", "controls.csv"):
-        shutil.copy(report / name, kept / f"demo_{name}")
-    shutil.copy(report / "pictures" / "hero.png", ROOT / "benchmarks" / "pictures" / "demo.png")
+        shutil.copy(report / name, kept / f"{block}_{name}")
+    picture = f"benchmarks/pictures/{block}.png"
+    shutil.copy(report / "pictures" / "hero.png", ROOT / picture)
     text = (
         f"{table(report / 'table.csv')}\n\nTested on held-out phantom patients. {machine()}, "
-        f"{datetime.date.today().isoformat()}. {note}\n\n![phantom frames, warped label maps, and what each model drew]"
-        "(benchmarks/pictures/demo.png)"
+        f"{datetime.date.today().isoformat()}. {note}\n\n"
+        f"![phantom frames, warped label maps, and what each model drew]({picture})"
     )
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    before, _, rest = readme.read_text().partition(begin)
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")
+    main(*sys.argv[1:])

@@ -6,7 +6,7 @@ from raysyn.types import UserError
 
 
 @pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("scale", ["demo", "laptop", "paper"])
 def test_every_job_has_defaults_at_every_scale(job: str, scale: str) -> None:
     config = load_job(job, [f"scale={scale}"])
     assert isinstance(config, JOBS[job])

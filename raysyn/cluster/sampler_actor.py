@@ -131,10 +131,15 @@ class ShardWriter:
         """Draw the images of a shard and write it; returns its record."""
         attempts, below, tables = 0, 0, []
         self.rejected, decoded = Cost(), self._decoding()
-        # PNG encoding runs beside the next batch's sampling.
-        with measured(_on_gpu()) as cost, ThreadPoolExecutor(1) as pool:
-            for batch in self.spec.plan.batches(shard):
-                frames, tried, failed = self.draw(shard.split, batch)
+        batches = list(self.spec.plan.batches(shard))
+        # Warping of the next batch's maps and PNG encoding of the last one's images run beside the sampling.
+        with measured(_on_gpu()) as cost, ThreadPoolExecutor(2) as pool:
+            ready = pool.submit(self.conditions, shard.split, batches[0])
+            for i, batch in enumerate(batches):
+                maps, view = ready.result()
+                if i + 1 < len(batches):
+                    ready = pool.submit(self.conditions, shard.split, batches[i + 1])
+                frames, tried, failed = self.draw(shard.split, batch, maps, view)
                 attempts, below = attempts + tried, below + failed
                 tables.append(pool.submit(frames_to_table, frames, self.spec.metadata))
                 self._progress(len(batch))
@@ -166,11 +171,17 @@ class ShardWriter:
     def _decoding(self) -> Cost:
         return getattr(self.sampler, "decoding", Cost())
 
-    def draw(self, split: str, batch: list[Request]) -> tuple[list[Frame], int, int]:
+    def conditions(self, split: str, batch: list[Request]) -> tuple[np.ndarray, np.ndarray]:
+        """What a batch is drawn from: warped label maps uint8 [B, H, W], views uint8 [B]."""
+        masks, warp = self.masks[split], self.spec.config.warp
+        maps = np.stack([warp_label_map(masks.label_map(r.mask_index), warp, r.warp_seed) for r in batch])
+        return maps, masks.view[[r.mask_index for r in batch]]
+
+    def draw(
+        self, split: str, batch: list[Request], maps: np.ndarray, view: np.ndarray
+    ) -> tuple[list[Frame], int, int]:
         """(frames, images drawn, frames kept below the threshold) of one batch; rejected ones get new seeds."""
-        config, masks = self.spec.config, self.masks[split]
-        view = masks.view[[r.mask_index for r in batch]]
-        maps = np.stack([warp_label_map(masks.label_map(r.mask_index), config.warp, r.warp_seed) for r in batch])
+        config = self.spec.config
         seeds = [r.noise_seed for r in batch]
         images = np.array(self.sampler(maps, view, seeds))
         scores = self.faithfulness(images, maps) if self.faithfulness else None
@@ -274,15 +285,12 @@ def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
 
 
 def whole_shards(storage: Storage, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
-    """Records of the shards that are whole, by name, from two listings and a read each."""
+    """Records of the shards that are whole, by name, from a listing and, several at a time, a look at each."""
     present = set(storage.list(suffix=".parquet"))
-    found = {}
-    for shard in shards:
-        if shard.name in present:
-            record = read_record(storage, shard)
-            if record is not None:
-                found[shard.name] = record
-    return found
+    there = [shard for shard in shards if shard.name in present]
+    with ThreadPoolExecutor(16) as pool:
+        records = pool.map(lambda shard: read_record(storage, shard), there)
+        return {shard.name: record for shard, record in zip(there, records) if record is not None}
 
 
 def _faithfulness(spec: SynthesisSpec) -> Any:

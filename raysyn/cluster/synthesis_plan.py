@@ -63,10 +63,10 @@ def probe(spec: SynthesisSpec) -> dict[str, Any]:
     batches = list(spec.plan.batches(dataclasses.replace(shard, stop=spec.plan.num_requests(shard.split))))
     batches = (batches * (NUM_BATCHES + 1))[: NUM_BATCHES + 1]
     with FlopCounterMode(display=False) as flops:
-        writer.draw(shard.split, batches[0])
+        writer.draw(shard.split, batches[0], *writer.conditions(shard.split, batches[0]))
     started, drawn, size = time.perf_counter(), 0, 0
     for batch in batches[1:]:
-        frames, _, _ = writer.draw(shard.split, batch)
+        frames, _, _ = writer.draw(shard.split, batch, *writer.conditions(shard.split, batch))
         size += len(table_to_bytes(frames_to_table(frames)))
         drawn += len(frames)
     return {
