@@ -25,6 +25,7 @@ JOBS = {
     "tune": TuneJob,
     "compare": CompareJob,
 }
+VAE = "vae"  # vae=kl: the Gaussian control for the autoencoder of latent models
 PRESET = "preset_name"  # where model=<name> waits beside model.<key>=<value>
 GROUPS = ("data", "scale")  # chosen by name and composed by Hydra
 MODEL_NAMES = ("sdm", "vp", "ve", "edm", "edm_l128", "edm_l64")
@@ -38,16 +39,22 @@ def load_job(job: str, overrides: list[str]) -> Any:
     groups, values = _split_overrides(overrides)
     raw = _compose(job, groups)
     names = {f.name for f in dataclasses.fields(cls)} | ({"model"} if job == "compare" else set())
+    if "model" in names:
+        names.add(VAE)
     for key in values:
         if key not in names:
             raise UserError(f"{key}: not a key of jobs/{job}.py; its keys are {', '.join(sorted(names))}")
+    kinds = values.pop(VAE, [])
     presets = raw.get("presets") or {}
     late = OmegaConf.create(values)
     plain = {k: v for k, v in OmegaConf.to_container(raw, resolve=True).items() if k in names}  # type: ignore[union-attr]
     if job == "compare":
         _resolve_compare(plain, late, presets)
+        plain["models"] = [of_kind for model in plain["models"] for of_kind in _of_kinds(model, kinds)]
     if "model" in plain:
         plain["model"] = _named("model", plain["model"], late, presets)
+        if kinds:
+            (plain["model"],) = _of_kinds(plain["model"], _one_kind(plain["model"], kinds))
     if "task" in plain:
         plain["task"] = _named("task", plain["task"], late, presets)
     return build(cls, OmegaConf.merge(OmegaConf.create(plain), late))
@@ -148,6 +155,21 @@ def _preset(group: str, name: str, presets: Any) -> dict[str, Any]:
         if of_group.get(key) is not None:
             node = OmegaConf.merge(node, of_group[key])
     return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+
+
+def _one_kind(model: dict[str, Any], kinds: Any) -> Any:
+    if not isinstance(kinds, str) or model["space"] != "latent":
+        why = "takes one kind here" if not isinstance(kinds, str) else f"{model['name']} works on pixels and has none"
+        raise UserError(f"vae: {why}; gamma or kl, for a latent model")
+    return kinds
+
+
+def _of_kinds(model: dict[str, Any], kinds: Any) -> list[dict[str, Any]]:
+    """A latent model once for each kind of autoencoder asked for (`vae=kl`, `vae=[gamma,kl]`), a pixel model once."""
+    chosen = [kinds] if isinstance(kinds, str) else list(kinds)
+    if not chosen or model["space"] != "latent":
+        return [model]
+    return [{**model, "vae": {**model.get("vae", {}), "kind": str(kind)}} for kind in chosen]
 
 
 def _resolve_compare(plain: dict[str, Any], late: DictConfig, presets: Any) -> None:

@@ -235,6 +235,11 @@ class ModelConfig:
                 f"(vae.stem_patch x 2^(levels-1) with vae.channels {self.vae.channels})"
             )
 
+    @property
+    def label(self) -> str:
+        """The name in tables: a latent model on the Gaussian control autoencoder is `<name>_kl`."""
+        return f"{self.name}_kl" if self.space == "latent" and self.vae.kind == "kl" else self.name
+
 
 @dataclass
 class WarpConfig:

@@ -39,6 +39,21 @@ def test_compare_takes_all_models_or_some() -> None:
     assert [m.name for m in load_job("compare", ["model=edm"]).models] == ["edm"]
 
 
+def test_the_gaussian_control_is_one_word_away() -> None:
+    assert load_job("fit", ["model=edm_l64", "vae=kl"]).model.vae.kind == "kl"
+    both = load_job("compare", ["model=[edm,edm_l128]", "vae=[gamma,kl]"])
+    assert [m.label for m in both.models] == ["edm", "edm_l128", "edm_l128_kl"]
+    assert [m.label for m in load_job("compare", ["model=all", "vae=kl"]).models][-2:] == ["edm_l128_kl", "edm_l64_kl"]
+    for job, overrides, says in (
+        ("fit", ["model=edm", "vae=kl"], "edm works on pixels"),
+        ("fit", ["model=edm_l64", "vae=vq"], "kind: 'vq' is not one of gamma, kl"),
+        ("fit", ["model=edm_l64", "vae=[gamma,kl]"], "takes one kind here"),
+        ("prepare", ["vae=kl"], "vae: not a key"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_job(job, overrides)
+
+
 def test_all_models_at_once_have_a_folder_of_their_own() -> None:
     assert load_job("compare", ["scale=demo", "model=all"]).storage == "runs/demo_all"
     assert load_job("compare", ["scale=demo", "model=all", "storage=x"]).storage == "x"

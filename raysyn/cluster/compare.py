@@ -47,7 +47,7 @@ def study_rows(config: CompareJob) -> list[Row]:
             for num_steps in config.steps:
                 sampler = dataclasses.replace(model.sampler, solver=solver, num_steps=num_steps)
                 rows.append(
-                    Row(f"{model.name} {solver} {num_steps}", "synthetic", dataclasses.replace(model, sampler=sampler))
+                    Row(f"{model.label} {solver} {num_steps}", "synthetic", dataclasses.replace(model, sampler=sampler))
                 )
     latent = [m for m in config.models if m.space == "latent"]
     return rows + [Row(f"control {name}", "control", latent[0]) for name in config.controls if latent]
@@ -94,11 +94,11 @@ def _fit_nodes(config: CompareJob) -> list[Node]:
         if model.space == "latent":
             key = fingerprint(model.vae, model.latent_downscale)
             if key not in autoencoders:
-                autoencoders[key] = f"fit autoencoder of {model.name}"
+                autoencoders[key] = f"fit autoencoder of {model.label}"
                 job = _job(FitJob, config, model=model, what="autoencoder")
                 nodes.append(Node(autoencoders[key], _stage("fit", "fit", job), needs))
             needs = ("prepare", autoencoders[key])
-        nodes.append(Node(f"fit {model.name}", _stage("fit", "fit", _job(FitJob, config, model=model)), needs))
+        nodes.append(Node(f"fit {model.label}", _stage("fit", "fit", _job(FitJob, config, model=model)), needs))
     return nodes
 
 
@@ -110,7 +110,7 @@ def _set_node(config: CompareJob, row: Row) -> Node:
         run = partial(_run_control, job, row.key.removeprefix("control "), config.synthesize.seed)
         return Node(f"set {row.key}", run, ("prepare", autoencoder), num_cpus=1)
     job = _job(SynthesizeJob, config, model=row.model, synthesize=config.synthesize)
-    return Node(f"set {row.key}", _stage("synthesize", "synthesize", job), ("prepare", f"fit {row.model.name}"))
+    return Node(f"set {row.key}", _stage("synthesize", "synthesize", job), ("prepare", f"fit {row.model.label}"))
 
 
 def _run_control(job: FitJob, name: str, seed: int, prepared: Outcome, autoencoder: Outcome) -> Outcome:

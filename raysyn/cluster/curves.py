@@ -32,7 +32,7 @@ def curve_points(config: CompareJob, rows: list[Any]) -> list[CurvePoint]:
     """The points to train for `curves=true`: both curves, of each model's last row (its most steps)."""
     if not config.curves:
         return []
-    last = {row.model.name: row.key for row in rows if row.kind == "synthetic"}
+    last = {row.model.label: row.key for row in rows if row.kind == "synthetic"}
     shares = {"num_synthetic": SET_SHARES, "real_fraction": REAL_SHARES}
     return [CurvePoint(curve, row, model, s) for model, row in last.items() for curve in shares for s in shares[curve]]
 
@@ -63,10 +63,10 @@ def _point(series: str, x: float, outcome: Outcome) -> dict[str, Any]:
 def _learning(config: CompareJob, results: dict[str, Outcome]) -> list[dict[str, Any]]:
     points = []
     for model in config.models:
-        fitted = results.get(f"fit {model.name}")
+        fitted = results.get(f"fit {model.label}")
         if fitted is None:
             continue
         history = Storage.at(fitted.path).read_json("history.json")
         for step, loss in history["validation"]:
-            points.append({"series": model.name, "x": step * model.fit.global_batch, "y": loss})
+            points.append({"series": model.label, "x": step * model.fit.global_batch, "y": loss})
     return points

@@ -136,7 +136,11 @@ class _Outside:
                 job.config.tracking,
                 job.config.storage,
                 job.title,
-                params={"model": to_dict(job.config.model), "data": to_dict(job.config.data)},
+                params={
+                    "model": to_dict(job.config.model),
+                    "data": to_dict(job.config.data),
+                    **_perceptual(built),
+                },
                 tags={"stage": f"fit_{job.what}", "fingerprint": job.key},
                 key=job.key,
             )
@@ -177,6 +181,12 @@ class _Outside:
         self.tracker.log_image("samples", picture, step)
 
 
+def _perceptual(built: Built) -> dict[str, str]:
+    """What became of an autoencoder's perceptual term: its net and weights, or why it is off."""
+    status = getattr(built.objective, "perceptual_status", "")
+    return {"perceptual_term": status} if status else {}
+
+
 def _save(
     job: WorkerJob, state: TrainState, built: Built, storage: Storage, outside: _Outside, cost: Cost
 ) -> dict[str, Any]:
@@ -185,7 +195,7 @@ def _save(
     Peaks and energy (what NVML tells of rank 0's GPU) are `cost`'s, since the worker's last start.
     """
     progress = state.progress
-    facts = {
+    facts: dict[str, Any] = {
         "images_seen": progress.images_seen,
         "num_steps": progress.step,
         "loss": statistics.fmean(progress.losses[-50:]),
@@ -201,6 +211,7 @@ def _save(
         "peak_gpu_memory_mb": round(cost.peak_gpu_memory_mb),
         "energy_joules": cost.energy_joules,
     }
+    facts |= _perceptual(built)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         facts["checkpoint_sha256"] = _write_model(folder, job, state, built, facts)

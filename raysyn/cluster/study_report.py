@@ -38,9 +38,15 @@ def _identity(config: CompareJob, row: Any) -> dict[str, Any]:
     source = "phantom" if config.data.name == "phantom" else "real"
     if row.kind == "ceiling":
         return {"trained_on": source, "model": "", "space": "", "solver": "", "num_steps": None}
-    own = {"model": row.model.name, "space": row.model.space}
+    own = {"model": row.model.label, "space": row.model.space}
     if row.kind == "control":
-        return {"trained_on": "control", **own, "model": f"{row.model.name} {row.key}", "solver": "", "num_steps": None}
+        return {
+            "trained_on": "control",
+            **own,
+            "model": f"{row.model.label} {row.key}",
+            "solver": "",
+            "num_steps": None,
+        }
     sampler = row.model.sampler
     return {"trained_on": "synthetic", **own, "solver": sampler.solver, "num_steps": sampler.num_steps}
 
@@ -72,7 +78,7 @@ def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
     if row.kind != "synthetic":
         return {}
     drawn: Outcome = result.results[f"set {row.key}"]
-    fitted: Outcome = result.results[f"fit {row.model.name}"]
+    fitted: Outcome = result.results[f"fit {row.model.label}"]
     autoencoder: Outcome | None = next(
         (r for k, r in result.results.items() if isinstance(r, Outcome) and _is_autoencoder_of(r, fitted, k)), None
     )

@@ -108,6 +108,7 @@ def test_two_workers_with_ray_data_give_the_same_loss_curve(storage: Path, pixel
 def test_a_latent_model_shares_its_autoencoder(storage: Path) -> None:
     first = fit(job(storage, "model=edm_l128", *LATENT, "what=autoencoder"))
     assert first.stage == "fit_autoencoder"
+    assert first.manifest["perceptual_term"].startswith("off: no weights")
     config = job(storage, "model=edm_l128", *LATENT, "model.fit.latent_copies=2")
     whole = fit(config)
     assert whole.stage == "fit"
