@@ -23,7 +23,7 @@ from raysyn.data.masks import warp_label_map
 from raysyn.data.requests import Request, RequestPlan, Shard, synthetic_frame_id
 from raysyn.data.storage import Storage
 from raysyn.metrics.cost import Cost, measured
-from raysyn.types import VIEWS, Frame, Provenance
+from raysyn.types import VIEWS, Frame, Provenance, UserError
 
 
 class Sampler(Protocol):
@@ -124,8 +124,11 @@ class ShardWriter:
         for split, number, start, stop in zip(rows["split"], rows["number"], rows["start"], rows["stop"]):
             shard = Shard(str(split), int(number), int(start), int(stop))
             # A retried block may hold shards that were finished before the worker died: they are whole, so they stay.
-            records.append(read_record(self.storage, shard) or self.write(shard))
-        return {key: [r[key] for r in records] for key in ("name", "rows", "seconds")}
+            try:
+                records.append({"refused": "", **(read_record(self.storage, shard) or self.write(shard))})
+            except UserError as error:  # no space left, a damaged mask: for the user to read, and no fault to retry
+                records.append({"name": shard.name, "rows": 0, "seconds": 0.0, "refused": str(error)})
+        return {key: [r[key] for r in records] for key in ("name", "rows", "seconds", "refused")}
 
     def write(self, shard: Shard) -> dict[str, Any]:
         """Draw the images of a shard and write it; returns its record."""

@@ -207,6 +207,8 @@ def draw_once(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> No
     total = spec.plan.num_requests()
     report({"done": done, "total": total, "unit": "images"})
     for batch in _dataset(config, spec, rows).iter_batches(batch_size=None, prefetch_batches=0):
+        if refused := next(filter(None, batch["refused"]), None):
+            raise UserError(str(refused))
         # Counted from when the first shard was begun: starting actors says nothing about the time left.
         started = started or time.perf_counter() - float(batch["seconds"][0])
         done += int(batch["rows"].sum())

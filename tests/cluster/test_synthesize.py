@@ -52,7 +52,7 @@ from raysyn.config import RayConfig, SynthesizeJob, WorkersConfig
 def draw(config):
     spec = pickle.load(open({spec!r}, "rb"))
     job = SynthesizeJob(storage={storage!r}, ray=RayConfig(num_cpus=2, object_store_mb=100),
-                        workers=WorkersConfig(num_workers={workers}, cpus_per_worker=0.5))
+                        workers=WorkersConfig(num_workers={workers}, cpus_per_worker={cpus}))
     stage = open_stage({storage!r}, "synthesize", "drill")
     with ray_session(job.ray):
         spec = claim(stage, spec)
@@ -89,7 +89,7 @@ def make_spec(frames: str, storage: Path, **options) -> SynthesisSpec:
 class Drill:
     """A synthesis in a process of its own, in a folder of its own."""
 
-    def __init__(self, folder: Path, frames: str, workers: int = 2, **options) -> None:
+    def __init__(self, folder: Path, frames: str, workers: int = 2, cpus: float = 0.5, **options) -> None:
         import pickle
 
         folder.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ class Drill:
         self.spec = make_spec(frames, folder / "runs", **options)
         (folder / "spec.pkl").write_bytes(pickle.dumps(self.spec))
         places = {"folder": str(folder), "spec": str(folder / "spec.pkl"), "storage": str(folder / "runs")}
-        (folder / "drill_stage.py").write_text(STAGE.format(workers=workers, **places))
+        (folder / "drill_stage.py").write_text(STAGE.format(workers=workers, cpus=cpus, **places))
         (folder / "driver.py").write_text(DRIVER)
         self.out = Storage.at(self.spec.output)
 
@@ -290,14 +290,14 @@ def test_kill_9_of_a_raylet(moment: int, undisturbed, frames, tmp_path, monkeypa
     """A node of two dies with its actor: the run goes on with the other node's, in one go."""
     from ray.cluster_utils import Cluster
 
-    drill = Drill(tmp_path / "raylet", frames)
+    drill = Drill(tmp_path / "raylet", frames, cpus=1.0)
     for key, value in {"MOCK_LOG": str(drill.log), "MOCK_SECONDS": "0.3"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{drill.folder}")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0.5, "object_store_memory": 100 << 20})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
     process = None
     try:
-        node = cluster.add_node(num_cpus=0.5, object_store_memory=100 << 20)
+        node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
         process = drill.start(0.3, address=cluster.address)
         drill.wait_for_shards(random.Random(moment).randint(2, 6))
         before = drill.out.list(suffix=".parquet")

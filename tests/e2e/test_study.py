@@ -86,6 +86,32 @@ def test_the_report_is_one_page_with_its_pictures(study) -> None:
     assert (storage / "report" / "pictures" / "hero.png").is_file()
 
 
+def test_curves_and_every_part_of_the_cost_are_in_the_report(study) -> None:
+    storage, _ = study
+    figures = storage / "report" / "figures"
+    counts = {r["series"]: [] for r in rows(figures / "num_synthetic.csv")}
+    for row in rows(figures / "num_synthetic.csv"):
+        counts[row["series"]].append(int(row["x"]))
+    assert {series: sorted(x) for series, x in counts.items()} == {m: [3, 6, 12, 24] for m in ("edm", "edm_l128")}
+    shares = {float(r["x"]) for r in rows(figures / "real_fraction.csv")}
+    assert shares == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert {r["series"] for r in rows(figures / "learning.csv")} == {"edm", "edm_l128"}
+    assert (figures / "trials.png").is_file()
+    full = {r["model"]: r for r in rows(storage / "report" / "table_full.csv")}
+    latent, pixel = full["edm_l128"], full["edm"]
+    parts = ("autoencoder", "fit", "sample", "decode", "rejected")
+    spent = [float(latent[f"cost/{part}_cpu_seconds"]) for part in parts]
+    assert all(s > 0 for s in spent[:4])
+    assert float(latent["cost/total_cpu_seconds"]) == pytest.approx(sum(spent), rel=1e-4)
+    assert not pixel["cost/decode_cpu_seconds"]
+    for row in (latent, pixel):
+        assert float(row["cost/total_flops"]) > float(row["cost/sample_flops"]) > 0
+        assert float(row["cost/sample_peak_memory_mb"]) > 100
+        assert 0 <= float(row["realism/faithfulness"]) <= 1
+        assert float(row["realism/memorisation_copy_rate"]) >= 0
+    assert (storage / "report" / "pictures" / "edm_dpmpp_2m_2_nearest.png").is_file()
+
+
 def test_mlflow_has_a_run_a_row_with_the_three_families(study) -> None:
     storage, _ = study
     with sqlite3.connect(storage / "mlflow.db") as database:
