@@ -96,7 +96,7 @@ def service(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     endpoint = f"http://127.0.0.1:{s3.get_host_and_port()[1]}"
     (folder / "auth.ini").write_text(
         "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
-        f"database_uri = sqlite:///{folder / 'auth.db'}\n"
+        f"database_uri = {postgres}\n"  # users beside the runs, as infra/mlflow/serve.sh has it
         "auth_cache_ttl_seconds = 60\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raysyn.cluster.board import reporter
 from raysyn.cluster.fit_build import Built, WorkerJob, build
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
+from raysyn.cluster.metrics_export import count
 from raysyn.config import to_dict
 from raysyn.data.storage import Storage
 from raysyn.diffusion.ema import EMA
@@ -170,6 +171,8 @@ class _Outside:
         rate = (len(self.recent) - 1) / max(self.recent[-1] - self.recent[0], 1e-9) if self.recent[0] else 0.0
         total = self.job.fit.num_steps
         self.report({"done": report.step, "total": total, "unit": "steps", "per_second": rate})
+        count("raysyn_fit_steps", self.job.title)
+        count("raysyn_fit_images", self.job.title, self.job.fit.global_batch)
 
     def _sample(self, step: int) -> None:
         frames, device = self.built.validation or self.built.train, self.parallel.device

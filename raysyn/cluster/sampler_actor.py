@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysyn.cluster.board import reporter
+from raysyn.cluster.metrics_export import count_if_replaced, count_shard
 from raysyn.config import SynthesizeConfig
 from raysyn.data.frames import decode_png, frame_files, frames_to_table, open_shard, read_light, table_to_bytes
 from raysyn.data.masks import warp_label_map
@@ -118,6 +119,7 @@ class ShardWriter:
         self.faithfulness = _faithfulness(spec)
         self.rejected = Cost()
         self.report, self.started, self.images = reporter(f"{spec.key} worker {os.getpid()}"), time.perf_counter(), 0
+        count_if_replaced(spec.key)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
         records = []
@@ -169,6 +171,7 @@ class ShardWriter:
         # The record first: a shard that is there is whole and has its record, so nothing whole is ever made again.
         self.storage.write_json(shard.record, record)
         self.storage.write_atomic(shard.name, data)
+        count_shard(self.spec.key, record)
         return record
 
     def _decoding(self) -> Cost:

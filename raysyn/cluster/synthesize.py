@@ -12,17 +12,18 @@ Seconds are in the shard's record and the manifest, not in the rows: a clock in 
 from __future__ import annotations
 
 import dataclasses
-import io
 import time
 from importlib.metadata import version
 from typing import Any
 
 from raysyn.cluster.board import reporter, watch
+from raysyn.cluster.metrics_export import count
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.synthesis_card import write_card
 from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
-from raysyn.data.frames import frame_files, read_arrays, read_light
+from raysyn.data.frames import frame_files, read_light
 from raysyn.data.requests import RequestPlan
 from raysyn.data.schema import SCHEMA_VERSION
 from raysyn.data.storage import Storage
@@ -187,11 +188,13 @@ def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) ->
         try:
             return draw_once(config, stage, spec)
         except RayTaskError:
+            count("raysyn_failures", spec.key, kind="error")
             raise  # our own code failed, and would again
         except RayError as error:
             if left == 0:
                 raise
             left -= 1
+            count("raysyn_failures", spec.key, kind="retry")
             print(f"{spec.key}: {type(error).__name__}; going on with the shards that are missing", flush=True)
 
 
@@ -273,40 +276,3 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
     write_card(stage, spec, manifest)
     stage.storage.clean_temporaries(older_than_s=0)
     return stage.finish(manifest)
-
-
-def write_card(stage: StageDir, spec: SynthesisSpec, manifest: dict[str, Any]) -> None:
-    """README.md of the data set (the hub's form) with a sample grid beside it."""
-    from raysyn.report.grids import sample_grid
-
-    split = next(s for s in spec.plan.masks if spec.plan.num_requests(s))
-    picture = io.BytesIO()
-    sample_grid(read_arrays(stage.path, split, limit=8), count=8).save(picture, format="PNG")
-    stage.storage.write_atomic("samples.png", picture.getvalue())
-    files = "\n".join(
-        f"      - split: {s}\n        path: {s}/*.parquet" for s in spec.plan.masks if spec.plan.num_requests(s)
-    )
-    card = f"""---
-license: apache-2.0
-tags: [echocardiography, synthetic]
-configs:
-  - config_name: default
-    data_files:
-{files}
----
-# {manifest["num_frames"]} synthetic echocardiogram frames by {spec.model}
-
-![frames with the label maps that they were drawn from](samples.png)
-
-Drawn with {spec.solver}, {spec.num_steps} steps ({spec.num_function_evals} network evaluations) from warped label maps
-of {", ".join(spec.plan.masks)} patients; a frame inherits patient and split of its mask. Checkpoint sha256
-`{spec.settings["checkpoint_sha256"]}`. Each row holds the image, the label map that it was drawn from (0 outside the
-sector, 1 LV cavity, 2 other tissue, 3 LV myocardium, 4 left atrium) and what determines it, seeds included.
-
-For training models, research only: the frames show no patient and are not for diagnosis.
-
-```python
-datasets.load_dataset("parquet", data_files={{"train": "train/*.parquet"}})
-```
-"""
-    stage.storage.write_atomic("README.md", card.encode())

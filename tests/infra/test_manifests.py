@@ -111,6 +111,9 @@ def test_every_secret_and_config_map_that_is_named_exists_or_is_explained() -> N
     explained = set(re.findall(r"create secret generic ([\w-]+)", (INFRA / "README.md").read_text()))
     named = set(re.findall(r"secretRef: \{name: ([\w-]+)\}", text)) | set(re.findall(r"secretName: ([\w-]+)", text))
     assert named <= explained, named - explained
+    generated = documents(INFRA / "mlflow/kustomization.yaml")[0]["configMapGenerator"]
+    assert set(re.findall(r"configMap: \{name: ([\w-]+)\}", text)) <= {entry["name"] for entry in generated}
+    assert all((INFRA / "mlflow" / name).is_file() for entry in generated for name in entry["files"])
 
 
 def test_services_point_at_ports_that_exist() -> None:
@@ -138,7 +141,7 @@ def test_compose_is_closed_to_the_world_and_names_its_settings() -> None:
         assert set(service.get("depends_on", {})) <= set(compose["services"])
         for volume in service.get("volumes", []):
             name = volume.split(":")[0]
-            assert name in compose["volumes"] or name.startswith("$")
+            assert name in compose["volumes"] or name.startswith("$") or (INFRA / "compose" / name).is_file()
     asked = set(re.findall(r"\$\{(\w+)", (INFRA / "compose/compose.yaml").read_text()))
     given = set(re.findall(r"^(\w+)=", (INFRA / "compose/env.example").read_text(), re.M))
     assert asked <= given

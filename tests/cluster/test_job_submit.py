@@ -1,0 +1,251 @@
+"""Every job by `ray job submit` to a real head with token authentication: what the submitter sees, and what is uploaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+UPLOAD_LIMIT = 2 << 20
+TINY = ["scale=tiny", "tracking.enabled=false"]
+LONG_FIT = ["model=edm", "model.fit.num_images=640", "model.fit.validate_every_steps=40"]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free together a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@dataclass
+class Head:
+    """A head of our own on loopback, and a submitter beside it that knows the address and the token only."""
+
+    port: int
+    env: dict[str, str]
+    token: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def cli(self, *arguments: str, token: str | None = "") -> subprocess.CompletedProcess[str]:
+        """`ray job …` as a submitter types it in the project's folder; token None goes without one."""
+        env = {k: v for k, v in self.env.items() if not k.startswith("RAY_AUTH")}
+        if token is not None:
+            env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or self.token}
+        command = [RAY, "job", arguments[0], "--address", self.url, *arguments[1:]]
+        return subprocess.run(
+            command, cwd=ROOT, env=env, text=True, timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def submit(self, name: str, *command: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+        waiting = [] if wait else ["--no-wait"]
+        return self.cli("submit", "--submission-id", name, *waiting, "--working-dir", ".", "--", *command)
+
+    def job(self, name: str, storage: Path, *overrides: str) -> str:
+        """Submit jobs/<name>.py, expect it to be done, and return what it said."""
+        started = time.monotonic()
+        ran = self.submit(f"{name}-{time.time_ns()}", "python", f"jobs/{name}.py", f"storage={storage}", *overrides)
+        print(f"{name}: {time.monotonic() - started:.0f} s")
+        assert ran.returncode == 0, ran.stdout[-4000:]
+        return ran.stdout
+
+    def info(self, name: str) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.token}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/api/jobs/{name}", headers=headers)) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """`ray start --head` with its own ports, folder and token file; nothing of this checkout is on its path."""
+    folder = Path(tempfile.mkdtemp(prefix="rs-head-"))  # short: Ray's sockets lie below it
+    token_file, token = folder / "token", "t" * 43
+    token_file.touch(mode=0o600)
+    token_file.write_text(token)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_AUTH", "PYTHONPATH"))}
+    env = {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    names += (
+        "metrics-export-port",
+        "ray-client-server-port",
+        "runtime-env-agent-port",
+        "node-manager-port",
+        "object-manager-port",
+    )
+    ports = dict(zip(names, free_ports(len(names))))
+    command = [RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1"]
+    command += ["--num-cpus", "2", "--object-store-memory", str(200 << 20), "--temp-dir", str(folder / "ray")]
+    command += [
+        "--disable-usage-stats",
+    ]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
+        env={**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)},
+    )  # fmt: skip
+    made = Head(ports["dashboard-port"], env, token)
+    try:
+        wait_until(lambda: made.cli("list").returncode == 0 or process.poll() is not None, 120)
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
+        yield made
+    finally:
+        for pid in session_members(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def session_members(session: int) -> list[int]:
+    """The processes of one session, the head's: `ray stop` would end every Ray of this machine."""
+    listed = subprocess.run(["ps", "-o", "pid=", "-s", str(session)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
+
+
+def wait_until(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("submitted") / "runs"
+
+
+def packed(folder: Path, target: Path) -> dict[str, int]:
+    """Names and sizes of what `ray job submit --working-dir folder` uploads, by Ray's own packing."""
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(folder), target, include_gitignore=True, excludes=[])
+    with zipfile.ZipFile(target) as archive:
+        return {entry.filename: entry.file_size for entry in archive.infolist()}
+
+
+def test_the_upload_is_the_sources_and_small(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, project / name)
+    for name in ("runs/x/model.safetensors", ".venv/lib/big.so", ".git/objects/pack", "raysyn/__pycache__/a.pyc"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_bytes(os.urandom(3 << 20))
+    found = packed(project, tmp_path / "package.zip")
+    assert (tmp_path / "package.zip").stat().st_size < UPLOAD_LIMIT
+    assert {name.partition("/")[0] for name in found} >= {"raysyn", "jobs", "configs"}
+    unwanted = ("runs/", ".venv/", ".git/", "tests/", "benchmarks/", "infra/")
+    assert [name for name in found if name.startswith(unwanted) or "__pycache__" in name] == []
+    here = packed(ROOT, tmp_path / "here.zip")
+    assert (tmp_path / "here.zip").stat().st_size < UPLOAD_LIMIT, sorted(here, key=here.get)[-5:]  # type: ignore[arg-type]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_submission_without_the_token_is_refused(head: Head) -> None:
+    for token in (None, "w" * 43):
+        refused = head.cli("submit", "--submission-id", "stranger", "--", "touch", "/tmp/never", token=token)
+        assert refused.returncode != 0
+        assert "token" in refused.stdout.lower(), refused.stdout[-1500:]
+    assert "stranger" not in head.cli("list").stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_exit_codes_reach_the_submitter(head: Head, storage: Path) -> None:
+    """`ray job submit` itself knows 0 and 1; the job's own code is in its info."""
+    done = head.submit("where", "python", "-c", "import raysyn; print('code at', raysyn.__file__)")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "runtime_resources/working_dir_files" in done.stdout, "the uploaded code is what runs"
+    wrong = head.submit("wrong", "python", "jobs/fit.py", *TINY, f"storage={storage}", "model.fit.lr=100")
+    assert wrong.returncode == 1
+    assert "raysyn fit: " in wrong.stdout
+    assert "lr: 100" in wrong.stdout
+    assert head.info("wrong")["driver_exit_code"] == 2
+    assert (head.info("where")["status"], head.info("where")["driver_exit_code"]) == ("SUCCEEDED", 0)
+    fault = head.submit(
+        "fault",
+        "python",
+        "-c",
+        "import sys; from raysyn.cluster.job import run_job; sys.exit(run_job('fit', 'os:no', []))",
+    )
+    assert (fault.returncode, head.info("fault")["driver_exit_code"]) == (1, 1)
+    assert "the same command resumes" in fault.stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_every_job_by_submission(head: Head, storage: Path) -> None:
+    """One storage for all: each job finds what the ones before it made, and a second submission finds all of it."""
+    assert "prepare: done" in head.job("prepare", storage, *TINY)
+    assert "fit: done" in head.job("fit", storage, *TINY, "model=edm")
+    assert "fit: already there" in head.job("fit", storage, *TINY, "model=edm")
+    assert "synthesize: done" in head.job("synthesize", storage, *TINY, "model=edm")
+    synthetic = next(storage.glob("synthesize/*/manifest.json")).parent
+    few = ["search.num_trials=1", "search.max_concurrent=1"]
+    assert "tune: done" in head.job("tune", storage, *TINY, f"train_sets=[{synthetic}]", *few)
+    said = head.job("compare", storage, "scale=tiny", "model=[edm]", "controls=[]", *few)
+    assert "compare: done" in said
+    table = (storage / "report" / "table.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in table] == ["model", "", "edm"], "a header, the ceiling and one model's row"
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_job_stop_in_mid_fit_leaves_a_state_that_the_same_command_finishes(head: Head, storage: Path) -> None:
+    arguments = ["python", "jobs/fit.py", *TINY, f"storage={storage}", *LONG_FIT]
+    before = set(storage.glob("fit/*"))
+    assert head.submit("stopped", *arguments, wait=False).returncode == 0
+
+    def stage() -> Path | None:
+        new = [p for p in set(storage.glob("fit/*")) - before if list(p.glob("checkpoints/step-*/checkpoint.json"))]
+        return new[0] if new else None
+
+    wait_until(stage, 180)
+    folder = stage()
+    assert folder is not None
+    stop = head.cli("stop", "stopped")
+    assert stop.returncode == 0, stop.stdout
+    assert head.info("stopped")["status"] == "STOPPED"
+    assert not (folder / "manifest.json").exists(), "it was finished before it was stopped"
+    reached = newest_step(folder)
+    assert 0 < reached < 80
+    again = head.submit("again", *arguments)
+    assert again.returncode == 0, again.stdout[-4000:]
+    assert "fit: done" in again.stdout
+    history = json.loads((folder / "history.json").read_text())
+    assert len(history["loss"]) == 80
+    assert [p for p in set(storage.glob("fit/*")) - before if p != folder] == [], "the same stage went on"
+
+
+def newest_step(stage: Path) -> int:
+    marks = stage.glob("checkpoints/step-*/checkpoint.json")
+    return max(int(m.parent.name.removeprefix("step-")) for m in marks)

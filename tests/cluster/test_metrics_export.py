@@ -1,0 +1,130 @@
+"""The metrics that a synthesis leaves on its node's Prometheus port, and that counting is nothing where no Ray is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysyn.cluster.metrics_export import COUNTERS, count, count_if_replaced, count_shard
+from raysyn.data.frames import write_frames
+from raysyn.data.storage import Storage
+from raysyn.types import Frame
+
+ROOT = Path(__file__).resolve().parents[2]
+# A synthesis with a mock sampler; the first actor dies after its first shard. What the port says is the last line.
+SESSION = """
+import json, os, sys, time, urllib.request
+from raysyn.cluster.sampler_actor import SynthesisSpec, settings_of
+from raysyn.cluster.session import ray_session
+from raysyn.cluster.stage import open_stage
+from raysyn.cluster.synthesize import claim, draw_missing, finish, mask_ids
+from raysyn.config import RayConfig, SamplerConfig, SynthesizeConfig, SynthesizeJob
+from raysyn.data.requests import RequestPlan
+
+frames, storage = sys.argv[1:]
+config = SynthesizeConfig(num_warps=10, batch_size=4, shard_size=8, mask_splits=["train"])
+job = SynthesizeJob(storage=storage, ray=RayConfig(num_cpus=2, object_store_mb=100))
+stage = open_stage(storage, "synthesize", "metrics")
+spec = SynthesisSpec(
+    plan=RequestPlan.of(config, mask_ids(frames, ["train"])), config=config,
+    settings=settings_of("c" * 64, SamplerConfig(), config), metadata={}, frames=frames, output=stage.path,
+    model_dir="", model="mock", solver="heun", num_steps=2, num_function_evals=3, threads=1, key="synthesize mock",
+    sampler="dying_sampler:make",
+)
+
+def scrape():
+    import ray
+    port = ray.nodes()[0]["MetricsExportPort"]
+    try:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if "raysyn" in line and not line.startswith("#")]
+
+with ray_session(job.ray):
+    spec = claim(stage, spec)
+    draw_missing(job, stage, spec)
+    found, deadline, enough = [], time.time() + float(os.environ["WAIT"]), int(os.environ["IMAGES"])
+    while time.time() < deadline:
+        found = scrape()
+        images = sum(float(l.split()[-1]) for l in found if l.startswith("ray_raysyn_images_total"))
+        if images >= enough and any("raysyn_failures" in l for l in found):
+            break
+        time.sleep(1)
+    finish(job, stage, spec)
+    print(json.dumps(found))
+"""
+SAMPLER = """
+import os, signal
+def make(spec):
+    def draw(label_map, view, seeds):
+        if not os.path.exists(os.environ["DIED"]) and os.path.exists(spec.output + "/train/shard-00000.parquet"):
+            open(os.environ["DIED"], "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return label_map * 50
+    return draw
+"""
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> str:
+    label_map = np.ones((8, 8), np.uint8)
+    made = [Frame(f"m{i}", label_map, label_map, "2CH", "ED", f"p{i}", "train", "phantom") for i in range(8)]
+    write_frames(Storage.at(tmp_path / "frames"), "train/shard-00000.parquet", made)
+    (tmp_path / "dying_sampler.py").write_text(SAMPLER)
+    return str(tmp_path / "frames")
+
+
+def run_session(tmp_path: Path, frames: str, **settings: str) -> list[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    env |= {"PYTHONPATH": f"{ROOT}:{tmp_path}", "DIED": str(tmp_path / "died"), **settings}
+    ran = subprocess.run(
+        [sys.executable, "-c", SESSION, frames, str(tmp_path / "runs")],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found: list[str] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return found
+
+
+def total(lines: list[str], start: str) -> float:
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_images_failures_and_seconds_are_on_the_nodes_metrics_port(frames: str, tmp_path: Path) -> None:
+    lines = run_session(tmp_path, frames, WAIT="60", IMAGES="72", RAY_metrics_report_interval_ms="500")
+    print("\n".join(lines))
+    assert (tmp_path / "died").exists()
+    # What the killed process had not reported yet is lost: at most its one shard here.
+    assert 72 <= total(lines, "ray_raysyn_images_total") <= 80
+    assert total(lines, "ray_raysyn_shard_seconds_count") >= 9
+    replaced = [line for line in lines if line.startswith("ray_raysyn_failures_total")]
+    assert total(replaced, "") == 1
+    assert 'kind="worker"' in replaced[0]
+    assert 'work="synthesize mock"' in replaced[0]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_synthesis_does_not_mind_metrics_being_off(frames: str, tmp_path: Path) -> None:
+    lines = run_session(tmp_path, frames, WAIT="0", IMAGES="0", RAY_enable_metrics_collection="0")
+    assert lines == []
+    assert (tmp_path / "runs" / "synthesize" / "metrics" / "manifest.json").exists()
+
+
+def test_without_ray_counting_does_nothing() -> None:
+    import ray
+
+    assert not ray.is_initialized()
+    for name in COUNTERS:
+        count(name, "nobody")
+    count_shard("nobody", {"rows": 1, "attempts": 2, "seconds": 1.0})
+    count_if_replaced("nobody")
