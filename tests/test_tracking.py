@@ -1,6 +1,7 @@
 """Runs logged in the background: what arrives, what survives an absent server, what is counted as lost."""
 
 import logging
+import sqlite3
 import subprocess
 import sys
 import time
@@ -389,3 +390,14 @@ def test_a_study_waits_for_an_absent_server_once_not_once_a_row(server: Server) 
     dropped = log_study(TrackingConfig(uri="http://127.0.0.1:9"), "unused", rows, fingerprint="ab")
     assert dropped >= 6 * 3, "of each row its metric, params and status"
     assert time.monotonic() - begun < 30
+
+
+def test_a_study_of_many_rows_reaches_the_database(tmp_path: Path) -> None:
+    rows = [
+        {"trained_on": "synthetic", "model": f"m{i}", "solver": "heun", "num_steps": 5, "mean_dice": i / 40}
+        for i in range(24)
+    ]
+    assert log_study(ON, str(tmp_path), rows, fingerprint="ab") == 0
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        found = database.execute("select value from metrics where key = 'task/mean_dice' order by value").fetchall()
+    assert [value for (value,) in found] == [i / 40 for i in range(24)]

@@ -31,6 +31,7 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
     "PYTHONWARNINGS": "ignore",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_worker_maximum_startup_concurrency": "5",  # Ray warns at four times that many processes; a study has 20
 }
 
 

@@ -16,6 +16,7 @@ from raysyn.tracking.tracker import Tracker
 
 KIND_TAG, VIEW_KEY = "raysyn.kind", "study"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+ROWS_AT_ONCE = 4  # each run has a connection of its own, and MLflow's pool holds fifteen
 ROW_PARAMS = ("trained_on", "model", "space", "solver", "num_steps")
 CHARTS = (
     ("cost/sample_seconds_per_image", "task/mean_dice"),
@@ -45,29 +46,32 @@ def log_study(
     if not config.enabled:
         return 0
     tags = {**(tags or {}), "fingerprint": fingerprint}
+    dropped = 0
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        runs = []
+        for number, row in enumerate(rows[first : first + ROWS_AT_ONCE], first):
+            own = {key: row[key] for key in ROW_PARAMS if row.get(key) not in (None, "")}
+            name = row_name(row)
+            colour = PALETTE[number % len(PALETTE)]  # MLflow's own choice gives two runs one colour
+            kind = {KIND_TAG: "control" if row_kind(row) == "control" else "row", "mlflow.runColor": colour}
+            run = Tracker.start(config, storage, name, own, {**tags, **kind}, key=f"{fingerprint}/{name}")
+            run.log_metrics(row_metrics(row))
+            runs.append(run)
+        dropped += _finish_all(runs, patient=not dropped)
     study = Tracker.start(config, storage, "study", params, {**tags, KIND_TAG: "study"}, key=f"{fingerprint}/study")
-    runs: list[Tracker] = []
-    for row in rows:
-        own = {key: row[key] for key in ROW_PARAMS if row.get(key) not in (None, "")}
-        name = row_name(row)
-        colour = PALETTE[len(runs) % len(PALETTE)]  # MLflow's own choice gives two runs one colour
-        kind = {KIND_TAG: "control" if row_kind(row) == "control" else "row", "mlflow.runColor": colour}
-        run = Tracker.start(config, storage, name, own, {**tags, **kind}, key=f"{fingerprint}/{name}")
-        run.log_metrics(row_metrics(row))
-        runs.append(run)
     if report_folder is not None:
         study.log_artifact(report_folder, "report")
     study.on_server("the study's view", _save_view)
-    return _finish_all([*runs, study])
+    return dropped + _finish_all([study], patient=not dropped)
 
 
-def _finish_all(runs: Sequence[Tracker]) -> int:
-    """Finish side by side: when the server is away, the whole study waits for it as long as one run would."""
+def _finish_all(runs: Sequence[Tracker], *, patient: bool) -> int:
+    """Finish side by side; once the server was found to be away, nothing more waits for it."""
     for run in runs:
         run.close()
     dropped = 0
     for run in runs:
-        dropped += run.finish(timeout_s=1.0 if dropped else 60.0)
+        dropped += run.finish(timeout_s=60.0 if patient and not dropped else 1.0)
     return dropped
 
 
