@@ -305,6 +305,7 @@ class TaskConfig:
     weight_decay: float = 0.01
     lr_decay: str = "none"
     loss: str = "cross_entropy"
+    normalise: str = "range"
     augmentation: str = "affine"
     augment_strength: float = 1.0
     amp: str = "none"
@@ -319,6 +320,7 @@ class TaskConfig:
         _one_of(self, kind=("segmentation", "classification"), loss=("cross_entropy", "dice_cross_entropy"))
         _one_of(self, mixing=("together", "synthetic_then_real"), validate_on=("synthetic", "real"))
         _one_of(self, amp=("none", "bf16"), lr_decay=("none", "cosine"), augmentation=("affine", "randaugment"))
+        _one_of(self, normalise=("range", "zscore"))
         _within(self, batch_size=(1, 65536), lr=(0, 10), real_fraction=(0, 1), augment_strength=(0, 10))
         if self.kind == "segmentation" and self.augmentation == "randaugment":
             raise UserError("augmentation: randaugment moves images without their maps; segmentation takes affine")

@@ -21,6 +21,7 @@ from raysyn.training_batches import frames_at, generator_of, torch_seed, warp_ma
 from raysyn.types import FrameArrays, UserError
 
 TASK_WARP, TASK_GREY, TASK_RAND = 16, 17, 18  # streams of random numbers, beside those of the generators' fits
+OUTSIDE_SD = -2.0  # what `zscore` puts outside the sector
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -42,7 +43,7 @@ class FittedTask:
         device = next(self.net.parameters()).device
         for start in range(0, len(image_u8), batch_size):
             part = torch.from_numpy(image_u8[start : start + batch_size])[:, None].to(device)
-            yield self.net(normalise(part.float() / 255)).float().cpu()
+            yield self.net(normalise(part.float() / 255, self.task.normalise)).float().cpu()
 
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors) and set-up (JSON) into a local folder."""
@@ -72,9 +73,20 @@ def load_task(folder: str | Path) -> FittedTask:
     return FittedTask(net.eval(), task, facts["image_size"], facts["best_score"])
 
 
-def normalise(image_01: Tensor) -> Tensor:
-    """[0, 1] to [−1, 1]: what every task network is given."""
-    return (image_01 - 0.5) / 0.5
+def normalise(image_01: Tensor, how: str) -> Tensor:
+    """What a task network is given of image_01 [B, 1, H, W], by TaskConfig.normalise.
+
+    range: [0, 1] to [−1, 1]. zscore: each image to mean 0 and standard deviation 1 over its pixels above 0 (the sector),
+    −2 elsewhere, so that the sector's edge still shows: a set brighter than the test frames loses less by it.
+    """
+    if how == "range":
+        return (image_01 - 0.5) / 0.5
+    inside = image_01 > 0
+    count = inside.sum((1, 2, 3), keepdim=True).clamp(min=1)
+    mean = image_01.sum((1, 2, 3), keepdim=True) / count
+    centred = torch.where(inside, image_01 - mean, torch.zeros_like(image_01))
+    sd = (centred.square().sum((1, 2, 3), keepdim=True) / count).sqrt()
+    return torch.where(inside, centred / sd.clamp(min=1e-3), torch.full_like(image_01, OUTSIDE_SD))
 
 
 def augmentation(strength: float) -> AugmentConfig:
@@ -189,7 +201,7 @@ def _step(
 ) -> float:
     net.train()
     image_01, label, index = task_batch(frames, positions, task)
-    x = normalise(image_01).to(device).contiguous(memory_format=layout)
+    x = normalise(image_01, task.normalise).to(device).contiguous(memory_format=layout)
     with torch.autocast(device.type, torch.bfloat16, enabled=task.amp == "bf16"):
         logits = net(x)
     loss = loss_of(logits.float(), label.to(device), index, frames)

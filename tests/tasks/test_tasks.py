@@ -7,7 +7,7 @@ import torch
 from raysyn.config import TaskConfig
 from raysyn.data.phantom import phantom_patient
 from raysyn.tasks.classification import evaluate_classification, predict_view_scores, train_classification
-from raysyn.tasks.fitting import load_task, num_task_steps, task_batch
+from raysyn.tasks.fitting import load_task, normalise, num_task_steps, task_batch
 from raysyn.tasks.mixing import mix_frames
 from raysyn.tasks.nets import build_classifier, build_segmenter
 from raysyn.tasks.segmentation import evaluate_segmentation, predict_label_maps, train_segmentation
@@ -150,6 +150,20 @@ def test_evaluation_holds_function_protocol_and_intervals(frames, segmenter) -> 
     assert scores["mean_dice_protocol_mean"] == pytest.approx(scores["mean_dice"], abs=0.02)
     assert scores["la_dice_protocol_sd"] > 0
     assert all(isinstance(v, (int, float)) for v in scores.values())
+
+
+def test_zscore_takes_gain_and_offset_inside_the_sector_out() -> None:
+    torch.manual_seed(0)
+    image = torch.rand(3, 1, 16, 16) * 0.4 + 0.1
+    image[:, :, :4] = 0
+    made = normalise(image, "zscore")
+    inside = made[:, :, 4:].flatten(1)
+    assert torch.allclose(inside.mean(1), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(inside.std(1, correction=0), torch.ones(3), atol=1e-4)
+    brighter = torch.where(image > 0, image * 1.5 + 0.2, image)
+    assert torch.allclose(normalise(brighter, "zscore"), made, atol=1e-4)
+    assert (made[:, :, :4] == -2).all()
+    assert torch.equal(normalise(image, "range"), image * 2 - 1)
 
 
 def test_steps_come_from_epochs_unless_given() -> None:
