@@ -24,6 +24,8 @@ from raysyn.data.requests import Request, RequestPlan, Shard, synthetic_frame_id
 from raysyn.data.storage import Storage
 from raysyn.types import VIEWS, Frame, Provenance
 
+LOOK_UPS = 32  # at once, of shards in an object store: each is a round trip
+
 
 class Sampler(Protocol):
     """Draws images uint8 [B, H, W] for label maps uint8 [B, H, W], views uint8 [B] and a seed each."""
@@ -248,15 +250,12 @@ def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
 
 
 def whole_shards(storage: Storage, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
-    """Records of the shards that are whole, by name, from two listings and a read each."""
+    """Records of the shards that are whole, by name, from a listing and three look-ups a shard that is there."""
     present = set(storage.list(suffix=".parquet"))
-    found = {}
-    for shard in shards:
-        if shard.name in present:
-            record = read_record(storage, shard)
-            if record is not None:
-                found[shard.name] = record
-    return found
+    there = [s for s in shards if s.name in present]
+    with ThreadPoolExecutor(1 if storage.is_local else LOOK_UPS) as pool:
+        records = pool.map(lambda shard: read_record(storage, shard), there)
+        return {s.name: record for s, record in zip(there, records) if record is not None}
 
 
 def _faithfulness(spec: SynthesisSpec) -> Any:
