@@ -250,7 +250,7 @@ def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
 
 
 def whole_shards(storage: Storage, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
-    """Records of the shards that are whole, by name, from a listing and three look-ups a shard that is there."""
+    """Records of the shards that are whole, by name, from a listing and, of an object store, four requests a shard."""
     present = set(storage.list(suffix=".parquet"))
     there = [s for s in shards if s.name in present]
     with ThreadPoolExecutor(1 if storage.is_local else LOOK_UPS) as pool:
