@@ -26,6 +26,8 @@ from raysyn.data.storage import Storage
 from raysyn.metrics.cost import Cost, measured
 from raysyn.types import VIEWS, Frame, Provenance, UserError
 
+LOOK_UPS = 32  # at once, of shards in an object store: each is a round trip
+
 
 class Sampler(Protocol):
     """Draws images uint8 [B, H, W] for label maps uint8 [B, H, W], views uint8 [B] and a seed each."""
@@ -291,12 +293,12 @@ def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
 
 
 def whole_shards(storage: Storage, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
-    """Records of the shards that are whole, by name, from a listing and, several at a time, a look at each."""
+    """Records of the shards that are whole, by name, from a listing and, of an object store, four requests a shard."""
     present = set(storage.list(suffix=".parquet"))
-    there = [shard for shard in shards if shard.name in present]
-    with ThreadPoolExecutor(16) as pool:
+    there = [s for s in shards if s.name in present]
+    with ThreadPoolExecutor(1 if storage.is_local else LOOK_UPS) as pool:
         records = pool.map(lambda shard: read_record(storage, shard), there)
-        return {shard.name: record for shard, record in zip(there, records) if record is not None}
+        return {s.name: record for s, record in zip(there, records) if record is not None}
 
 
 def _faithfulness(spec: SynthesisSpec) -> Any:

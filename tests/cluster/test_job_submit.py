@@ -203,6 +203,7 @@ def test_exit_codes_reach_the_submitter(head: Head, storage: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_job_by_submission(head: Head, storage: Path) -> None:
     """One storage for all: each job finds what the ones before it made, and a second submission finds all of it."""
     assert "prepare: done" in head.job("prepare", storage, *TINY)
@@ -229,7 +230,7 @@ def test_job_stop_in_mid_fit_leaves_a_state_that_the_same_command_finishes(head:
         new = [p for p in set(storage.glob("fit/*")) - before if list(p.glob("checkpoints/step-*/checkpoint.json"))]
         return new[0] if new else None
 
-    wait_until(stage, 180)
+    wait_until(stage, 400)
     folder = stage()
     assert folder is not None
     stop = head.cli("stop", "stopped")

@@ -1,0 +1,85 @@
+"""A fit over two hosts that loses one: it goes on with the other from its checkpoint, and no image is seen twice."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raysyn.cluster.fit import fit_fingerprint
+from raysyn.cluster.inputs import prepare_fingerprint
+from raysyn.compose import load_job
+from raysyn.config import FitJob
+from raysyn.data.storage import Storage
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+OVERRIDES = [
+    "scale=demo",
+    "model=edm",
+    "data.num_train_patients=3",
+    "data.num_validation_patients=1",
+    "data.num_test_patients=1",
+    "workers.cpus_per_worker=1",
+    "workers.num_workers=2",
+    "workers.min_workers=1",
+    f"model.fit.num_images={4 * STEPS}",
+    "model.fit.global_batch=4",
+    "model.fit.micro_batch=2",
+    "model.fit.amp=none",
+    "model.fit.num_validation_images=4",
+    "model.fit.checkpoint_every_steps=6",
+    "model.fit.validate_every_steps=20",
+    "tracking.enabled=false",
+]
+pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.slow]
+
+
+def undisturbed(config: FitJob, frames: str, folder: Path) -> list[float]:
+    """The losses of the same fit in this process, without Ray."""
+    import torch
+
+    from raysyn.cluster.fit_build import WorkerJob, build
+    from raysyn.diffusion.ema import EMA
+    from raysyn.training import Parallel, build_optimizer
+    from raysyn.training_run import run
+    from raysyn.training_state import CheckpointStore, TrainState
+
+    torch.set_num_threads(1)
+    job = WorkerJob(config, "diffusion", "key", str(folder), frames)
+    built = build(job, Parallel())
+    model = built.objective.model
+    state = TrainState(model, build_optimizer(model, job.fit), EMA(model, job.fit.ema_half_life_images))
+    assert run(state, built.objective, job.fit, CheckpointStore(Storage.at(folder), "key", 2))
+    return state.progress.losses
+
+
+def newest_step(stage: Storage) -> int:
+    marks = [n for n in stage.list("checkpoints") if n.endswith("checkpoint.json")]
+    return max((int(n.split("/")[-2].removeprefix("step-")) for n in marks), default=0)
+
+
+@pytest.mark.timeout(1500)
+def test_a_fit_whose_worker_host_is_cut_off(hosts: Any, tmp_path: Path) -> None:
+    config: FitJob = load_job("fit", [*OVERRIDES, f"storage={hosts.storage}"])
+    key = fit_fingerprint(config, prepare_fingerprint(config))
+    stage = Storage.at(hosts.storage).join("fit", key)
+    arguments = [str(ROOT / "jobs" / "fit.py"), *OVERRIDES, f"storage={hosts.storage}"]
+    driver = hosts.run("head", sys.executable, *arguments, RAY_ADDRESS=hosts.address)
+    hosts.wait_until(lambda: newest_step(stage) >= 6 or driver.poll() is not None, "a checkpoint")
+    assert driver.poll() is None, hosts.said()
+    hosts.link("down")
+    lost, reached = time.monotonic(), newest_step(stage)
+    assert reached < STEPS
+    driver.wait(timeout=900)
+    print(f"cut at step {reached} of {STEPS}, done {time.monotonic() - lost:.0f} s later")
+    assert driver.returncode == 0, hosts.said()
+    losses = stage.read_json("history.json")["loss"]
+    prepared = Storage.at(hosts.storage).join("prepare", prepare_fingerprint(config)).uri
+    expected = undisturbed(config, prepared, tmp_path)
+    assert len(losses) == len(expected) == STEPS
+    assert np.allclose(losses, expected, rtol=0, atol=1e-4)
