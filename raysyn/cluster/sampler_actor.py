@@ -60,30 +60,26 @@ def model_sampler(spec: SynthesisSpec) -> Sampler:
     A batch that does not fit the GPU is halved, with a warning in the worker's log: noise is each image's own, so that
     changes an image by no more than the choice of GPU kernels does.
     """
-    import logging
-
     import torch
 
     from raysyn.cluster.model_store import open_model
     from raysyn.config import SamplerConfig
+    from raysyn.diffusion.batching import in_halves
     from raysyn.pipeline import synthesize_images
 
     torch.set_num_threads(spec.threads)
-    model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = SamplerConfig(**spec.settings["sampler"])
     budget, amp = spec.config.modulation_cache_bytes, spec.config.amp
+    model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
+    if spec.config.compile:
+        model.fix_shapes(amp)
+    sampler = SamplerConfig(**spec.settings["sampler"])
 
     def draw(label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
-        try:
-            return synthesize_images(model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
-        except torch.OutOfMemoryError:
-            if len(seeds) == 1:
-                raise
-        logging.getLogger("raysyn").warning("a batch of %d does not fit the GPU; drawing it in halves", len(seeds))
-        torch.cuda.empty_cache()
-        half = len(seeds) // 2
-        parts = [slice(0, half), slice(half, None)]
-        return np.concatenate([draw(label_map[p], view[p], seeds[p]) for p in parts])
+        def part(rows: slice) -> np.ndarray:
+            given = label_map[rows], view[rows], seeds[rows]
+            return synthesize_images(model, *given, sampler, amp=amp, modulation_cache_bytes=budget)
+
+        return np.concatenate(in_halves(part, len(seeds)))
 
     return draw
 

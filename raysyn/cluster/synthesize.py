@@ -112,9 +112,8 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     sampler = config.model.sampler
     evaluations = num_network_evals(sampler, model.denoiser.precondition)  # refuses a grid that cannot be
     settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
-    decisive = {
-        k: v for k, v in dataclasses.asdict(synthesis).items() if k not in ("modulation_cache_bytes", "plan_only")
-    }
+    placement = ("modulation_cache_bytes", "compile", "plan_only")  # a grey level at most, as the kind of device does
+    decisive = {k: v for k, v in dataclasses.asdict(synthesis).items() if k not in placement}
     key = fingerprint("synthesize", frames_fingerprint, settings, decisive)
     metadata = {
         "raysyn_fingerprint": key,
