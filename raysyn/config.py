@@ -259,7 +259,10 @@ class WarpConfig:
 
 @dataclass
 class SynthesizeConfig:
-    """Which images are synthesized: masks x warps x noise seeds, in shards and batches of fixed composition."""
+    """Which images are synthesized: masks x warps x noise seeds, in shards and batches of fixed composition.
+
+    `compile` makes each worker compile the net for the batch's shape first: minutes on a GPU, then less time an image.
+    """
 
     mask_splits: list[str] = field(default_factory=lambda: ["train", "validation"])
     num_warps: int = 5
@@ -268,6 +271,7 @@ class SynthesizeConfig:
     batch_size: int = 16
     shard_size: int = 256
     amp: str = "none"
+    compile: bool = False
     modulation_cache_bytes: int = 1 << 30
     min_faithfulness: float = 0.0
     max_attempts: int = 3

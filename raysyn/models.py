@@ -11,7 +11,6 @@ import torch
 from raysyn.config import ModelConfig
 from raysyn.diffusion.generate import num_network_evals
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
-from raysyn.diffusion.solvers import num_function_evals
 from raysyn.labels import NUM_CHANNELS
 from raysyn.nets.gamma_vae import GammaVAE
 from raysyn.nets.unet import SemanticUNet
@@ -90,6 +89,7 @@ def describe(config: ModelConfig, image_size: int) -> dict[str, float]:
         return float(counter.get_total_flops()) / 1e9
 
     size, sampler = model_size(config, image_size), config.sampler
+    evaluations = num_network_evals(sampler, PRECONDITIONINGS[config.precondition]())
     with torch.device("meta"):
         net = build_denoiser(config, image_size).net.eval()
         channels = config.vae.latent_channels if config.space == "latent" else 1
@@ -100,9 +100,7 @@ def describe(config: ModelConfig, image_size: int) -> dict[str, float]:
             "parameters": float(sum(p.numel() for p in net.parameters())),
             "gflops_per_evaluation": gflops(lambda: net(x, c_noise, maps)),
             "gflops_modulations": gflops(lambda: net.modulations(maps)),  # type: ignore[operator]
-            "network_evaluations": float(
-                num_network_evals(sampler, num_function_evals(sampler.solver, sampler.num_steps))
-            ),
+            "network_evaluations": float(evaluations),
             "vae_parameters": float(sum(p.numel() for p in vae.parameters())) if vae is not None else 0.0,
             "gflops_decode": gflops(lambda: vae.decode(x, sector)) if vae is not None else 0.0,
         }

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from raysyn.compose import build
 from raysyn.config import ModelConfig, SamplerConfig, to_dict
-from raysyn.diffusion.generate import generate
+from raysyn.diffusion.generate import AMP_DTYPES, generate
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
 from raysyn.labels import NUM_CHANNELS, STRUCTURES, check_label_map, semantic_index, view_index
 from raysyn.nets.codecs import Codec, LatentCodec, PixelCodec
+from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
 from raysyn.nets.gamma_vae import GammaVAE
 from raysyn.nets.spade import one_hot_from_index
 from raysyn.nets.unet import SemanticUNet
@@ -48,6 +49,19 @@ class FittedModel:
         if isinstance(self.codec, LatentCodec):
             self.codec.vae.to(device)
         return self
+
+    def fix_shapes(self, amp: str = "none") -> FixedShapeNet:
+        """Make the net ready for many batches of one shape: compiled, CUDA graphs, channels last, weights kept in `amp`.
+
+        Returns the net, whose `fallbacks` tell what could not be had. The model is for sampling alone afterwards.
+        """
+        net = self.denoiser.net
+        if amp in AMP_DTYPES:
+            store_weights(net, AMP_DTYPES[amp])
+        if next(net.parameters()).is_cuda:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.denoiser.net = fixed = FixedShapeNet(net)
+        return fixed
 
 
 def synthesize_images(

@@ -74,31 +74,22 @@ class ModelSampler:
 
         torch.set_num_threads(spec.threads)
         self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
+        if spec.config.compile:
+            self.model.fix_shapes(spec.config.amp)
         self.sampler = SamplerConfig(**spec.settings["sampler"])
         self.config, self.decoding = spec.config, Cost()
 
     def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
         """Images uint8 [B, H, W]; raises torch.OutOfMemoryError when not even one image fits."""
-        import torch
+        from raysyn.diffusion.batching import in_halves
 
-        try:
-            return self._draw(label_map, view, seeds)
-        except torch.OutOfMemoryError:
-            if len(seeds) == 1:
-                raise
-        logging.getLogger("raysyn").warning("a batch of %d does not fit the GPU; drawing it in halves", len(seeds))
-        torch.cuda.empty_cache()
-        half = len(seeds) // 2
-        parts = [slice(0, half), slice(half, None)]
-        return np.concatenate([self(label_map[p], view[p], seeds[p]) for p in parts])
+        return np.concatenate(in_halves(lambda part: self._draw(label_map[part], view[part], seeds[part]), len(seeds)))
 
     def _draw(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
         from raysyn.pipeline import decode_images, sample_latents
 
-        budget = self.config.modulation_cache_bytes
-        x = sample_latents(
-            self.model, label_map, view, seeds, self.sampler, amp=self.config.amp, modulation_cache_bytes=budget
-        )
+        amp, budget = self.config.amp, self.config.modulation_cache_bytes
+        x = sample_latents(self.model, label_map, view, seeds, self.sampler, amp=amp, modulation_cache_bytes=budget)
         with measured(_on_gpu()) as cost:
             images = decode_images(self.model, x, label_map)
         self.decoding += cost

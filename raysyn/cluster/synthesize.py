@@ -108,8 +108,6 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     """Everything that a worker needs, checked: the model is read once here, so a bad folder is refused before work."""
     from raysyn.cluster.model_store import open_model
     from raysyn.diffusion.generate import num_network_evals
-    from raysyn.diffusion.noise import sigma_grid
-    from raysyn.diffusion.solvers import num_function_evals
 
     synthesis = config.synthesize
     check_gate(synthesis)
@@ -117,11 +115,10 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     if model.image_size != config.data.image_size:
         raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
     sampler = config.model.sampler
-    sigma_grid(sampler, model.denoiser.precondition)
+    evaluations = num_network_evals(sampler, model.denoiser.precondition)  # refuses a grid that cannot be
     settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
-    decisive = {
-        k: v for k, v in dataclasses.asdict(synthesis).items() if k not in ("modulation_cache_bytes", "plan_only")
-    }
+    placement = ("modulation_cache_bytes", "compile", "plan_only")  # a grey level at most, as the kind of device does
+    decisive = {k: v for k, v in dataclasses.asdict(synthesis).items() if k not in placement}
     key = fingerprint("synthesize 2", frames_fingerprint, settings, decisive)
     metadata = {
         "raysyn_fingerprint": key,
@@ -132,7 +129,6 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
         "raysyn_sampler": str(sorted(dataclasses.asdict(sampler).items())),
         "raysyn_packages": ", ".join(f"{p} {version(p)}" for p in PACKAGES),
     }
-    evaluations = num_network_evals(sampler, num_function_evals(sampler.solver, sampler.num_steps))
     return SynthesisSpec(
         plan=RequestPlan.of(synthesis, mask_ids(frames, synthesis.mask_splits)),
         config=synthesis,

@@ -10,16 +10,33 @@ from torch import Tensor
 
 from raysyn.config import SamplerConfig
 from raysyn.diffusion.noise import seeded_noise, sigma_grid
-from raysyn.diffusion.precondition import Denoiser
+from raysyn.diffusion.precondition import Denoiser, Preconditioning
 from raysyn.diffusion.solvers import SOLVERS
 from raysyn.types import UserError
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def num_network_evals(sampler: SamplerConfig, evaluations: int) -> int:
-    """Evaluations of the network itself: guidance makes two of each within its interval (counted as everywhere)."""
-    return evaluations * (2 if sampler.guidance_scale != 1.0 else 1)
+def num_network_evals(sampler: SamplerConfig, precondition: Preconditioning) -> int:
+    """Evaluations of the network that an image costs: two where guidance applies, else one, counted by a solver's run.
+
+    The run is of the sampler's own solver on one number. Raises UserError for a range or a grid that cannot be.
+    """
+    count = 0
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal count
+        count += 2 if _guides(sampler, sigma) else 1
+        return torch.zeros_like(x)
+
+    shape = (1, 1, 1)
+    SOLVERS[sampler.solver](
+        denoise,
+        torch.zeros(1, *shape),
+        sigma_grid(sampler, precondition),
+        **_solver_options(precondition, sampler, [0], shape),
+    )
+    return count
 
 
 @torch.inference_mode()
@@ -47,7 +64,14 @@ def generate(
     dtype = AMP_DTYPES.get(amp)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         denoise = _guided(denoiser, one_hot, sampler, modulation_cache_bytes)
-        return SOLVERS[sampler.solver](denoise, x, sigmas, **_solver_options(denoiser, sampler, seeds, shape))
+        return SOLVERS[sampler.solver](
+            denoise, x, sigmas, **_solver_options(denoiser.precondition, sampler, seeds, shape)
+        )
+
+
+def _guides(sampler: SamplerConfig, sigma: Tensor) -> bool:
+    """Whether guidance applies at this noise level (the interval: arXiv:2404.07724)."""
+    return sampler.guidance_scale != 1.0 and sampler.guidance_sigma_min <= float(sigma) <= sampler.guidance_sigma_max
 
 
 def _conditional(denoiser: Denoiser, one_hot: Tensor, cache_bytes: float) -> Callable[[Tensor, Tensor], Any]:
@@ -61,7 +85,7 @@ def _conditional(denoiser: Denoiser, one_hot: Tensor, cache_bytes: float) -> Cal
 
 
 def _guided(denoiser: Denoiser, one_hot: Tensor, sampler: SamplerConfig, cache_bytes: float) -> Callable:
-    """D_null + w·(D − D_null) where σ lies in the guidance interval (arXiv:2207.12598, interval: 2404.07724).
+    """D_null + w·(D − D_null) where σ lies in the guidance interval (arXiv:2207.12598).
 
     One null map serves the whole batch, and takes one share of batch + 1 of the cache.
     """
@@ -76,7 +100,7 @@ def _guided(denoiser: Denoiser, one_hot: Tensor, sampler: SamplerConfig, cache_b
     def denoise(x: Tensor, sigma: Tensor) -> Any:
         out = conditional(x, sigma)
         d, v = out if isinstance(out, tuple) else (out, None)
-        if unconditional is not None and sampler.guidance_sigma_min <= float(sigma) <= sampler.guidance_sigma_max:
+        if unconditional is not None and _guides(sampler, sigma):
             null = unconditional(x, sigma)
             null = null[0] if isinstance(null, tuple) else null
             d = null + w * (d - null)
@@ -86,7 +110,7 @@ def _guided(denoiser: Denoiser, one_hot: Tensor, sampler: SamplerConfig, cache_b
 
 
 def _solver_options(
-    denoiser: Denoiser, sampler: SamplerConfig, seeds: Sequence[int], shape: tuple[int, int, int]
+    precondition: Preconditioning, sampler: SamplerConfig, seeds: Sequence[int], shape: tuple[int, int, int]
 ) -> dict[str, Any]:
     if sampler.solver in ("generalised", "reference_heun"):
         return {"schedule": sampler.schedule, "scaling": sampler.scaling}
@@ -102,4 +126,4 @@ def _solver_options(
     if sampler.solver == "ddpm":
         return {"noise": noise}
     churn = {"s_churn": sampler.s_churn, "s_min": sampler.s_min, "s_max": sampler.s_max, "s_noise": sampler.s_noise}
-    return {"noise": noise, "round_sigma": denoiser.precondition.round_sigma, **churn}
+    return {"noise": noise, "round_sigma": precondition.round_sigma, **churn}

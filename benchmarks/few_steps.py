@@ -1,0 +1,199 @@
+"""Few-step study: network evaluations against task Dice, for every solver and for grids at the cheapest count.
+
+`python -m benchmarks.few_steps runs/demo --seconds 500` goes on where it was and stops after so many seconds; what is
+measured lies in benchmarks/results/few_steps.csv, a row a (model, sampler, seed). `--plot` draws few_steps.png and
+names the cheapest sampler within the noise of the best. A seed stands for its own draw of masks, warps and noise and
+its own training of the task; every sampler of a seed has the same masks and the same starting noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from raysyn.compose import load_job
+from raysyn.config import SamplerConfig, TaskConfig, WarpConfig
+from raysyn.data.frames import read_arrays
+from raysyn.data.masks import warp_label_map
+from raysyn.diffusion.generate import num_network_evals
+from raysyn.labels import to_task_classes
+from raysyn.metrics.overlap import dice_by_region
+from raysyn.pipeline import FittedModel, load_model_dir, synthesize_images
+from raysyn.tasks.segmentation import mean_dice, predict_label_maps, train_segmentation
+from raysyn.types import FrameArrays
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    *("model", "solver", "num_steps", "evaluations", "sigma_max", "rho", "seed"),
+    *("dice", "cpu_seconds_per_image", "num_frames", "task_steps"),
+)
+NUM_TRAIN, NUM_VALIDATION, TASK_STEPS = 200, 40, 120
+SEEDS = (0, 1)
+EVALUATIONS = {  # ddim without noise is euler in these units; generalised with the linear schedule is heun
+    "euler": (2, 3, 5, 9, 17),
+    "dpmpp_2m": (2, 3, 5, 9, 17),
+    "dpmpp_3m": (3, 5, 9, 17),
+    "ddpm": (5, 9, 17),
+    "heun": (3, 5, 9, 17, 49),  # 49: the published sampler of record, 25 steps
+    "stochastic_heun": (5, 9, 17),
+}
+GRIDS = [(high, 7.0) for high in (2.5, 5.0, 20.0, 80.0)] + [(10.0, rho) for rho in (3.0, 5.0, 10.0)]
+
+
+def samplers(own: SamplerConfig) -> Iterator[SamplerConfig]:
+    """Every cell of the study for a model whose own sampler gives the range of noise levels."""
+    for solver, counts in EVALUATIONS.items():
+        for count in counts:
+            steps = (count + 1) // 2 if "heun" in solver else count
+            churn = 10.0 if solver == "stochastic_heun" else 0.0
+            yield dataclasses.replace(own, solver=solver, num_steps=steps, s_churn=churn)
+    for count in (3, 5):
+        for high, rho in GRIDS:
+            yield dataclasses.replace(own, solver="dpmpp_2m", num_steps=count, sigma_max=high, rho=rho)
+
+
+def draw(model: FittedModel, masks: FrameArrays, sampler: SamplerConfig, seed: int) -> tuple[FrameArrays, float]:
+    """(the masks' frames with warped maps and drawn images, CPU seconds an image, decoding included)."""
+    maps = np.stack([warp_label_map(m, WarpConfig(), 1000 * seed + i) for i, m in enumerate(masks.label_map)])
+    images, clock = [], time.process_time()
+    for start in range(0, len(masks), 16):
+        part = slice(start, start + 16)
+        seeds = [100_000 * (seed + 1) + i for i in range(len(masks))][part]
+        images.append(synthesize_images(model, maps[part], masks.view[part], seeds, sampler, amp="bf16"))
+    seconds = (time.process_time() - clock) / len(masks)
+    return dataclasses.replace(masks, image_u8=np.concatenate(images), label_map=maps), seconds
+
+
+def dice_of(model: FittedModel, frames: dict[str, FrameArrays], sampler: SamplerConfig, task: TaskConfig) -> tuple:
+    """(mean Dice on the test frames, CPU seconds an image) of a task trained on what `sampler` draws."""
+    sets, seconds = {}, 0.0
+    for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
+        chosen = np.random.default_rng(task.seed).permutation(len(frames[split]))[:count]
+        sets[split], seconds_here = draw(model, frames[split].take(chosen), sampler, task.seed)
+        seconds = seconds or seconds_here
+    fitted = train_segmentation(sets["train"], sets["validation"], task)
+    truth = to_task_classes(frames["test"].label_map)
+    return mean_dice(dice_by_region(predict_label_maps(fitted, frames["test"].image_u8), truth)), seconds
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """What is measured so far."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def measure(storage: Path, path: Path, seconds: float, names: list[str]) -> bool:
+    """Measure what is missing for at most about so many seconds; whether all is there."""
+    stop = time.monotonic() + seconds
+    manifests = [json.loads(p.read_text()) for p in sorted(storage.glob("fit/*/manifest.json"))]
+    task = load_job("compare", ["scale=demo"]).segmentation
+    done = {tuple(row[c] for c in COLUMNS[:7]) for row in read(path)}
+    for manifest in sorted((m for m in manifests if m["model"] in names), key=lambda m: names.index(m["model"])):
+        model = load_model_dir(manifest["model_dir"])
+        frames = {split: read_arrays(manifest["frames"], split) for split in ("train", "validation", "test")}
+        for sampler in samplers(model.config.sampler):
+            count = num_network_evals(sampler, model.denoiser.precondition)
+            own = (manifest["model"], sampler.solver, sampler.num_steps, count, sampler.sigma_max, sampler.rho)
+            for seed in SEEDS:
+                cell = tuple(map(str, (*own, seed)))
+                if cell in done:
+                    continue
+                if time.monotonic() > stop:
+                    return False
+                run = dataclasses.replace(task, num_steps=TASK_STEPS, seed=seed)
+                dice, cost = dice_of(model, frames, sampler, run)
+                write(path, (*cell, f"{dice:.5f}", f"{cost:.5f}", NUM_TRAIN, TASK_STEPS))
+    return True
+
+
+def write(path: Path, row: tuple) -> None:
+    """Append a row, under the heading."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([COLUMNS, row] if new else [row])
+    print(*row, flush=True)
+
+
+def cells(rows: list[dict[str, str]]) -> dict[tuple, list[float]]:
+    """Dice of every seed by (model, solver, evaluations, sigma_max, rho)."""
+    found: dict[tuple, list[float]] = {}
+    for r in rows:
+        key = (r["model"], r["solver"], int(r["evaluations"]), float(r["sigma_max"]), float(r["rho"]))
+        found.setdefault(key, []).append(float(r["dice"]))
+    return found
+
+
+def summary(rows: list[dict[str, str]]) -> tuple[float, dict[str, tuple]]:
+    """(noise, {model: (best cell, its Dice, cheapest cell within the noise of it, its Dice)}).
+
+    Noise is the standard deviation of one run, pooled over cells; means of two that differ by less than twice the sd of
+    such a difference are not told apart.
+    """
+    found = {k: v for k, v in cells(rows).items() if len(v) == len(SEEDS)}
+    noise = float(np.sqrt(np.mean([np.var(v, ddof=1) for v in found.values()])))
+    chosen = {}
+    for model in sorted({key[0] for key in found}):
+        means = {key: float(np.mean(v)) for key, v in found.items() if key[0] == model}
+        best = max(means, key=lambda key: means[key])
+        near = [key for key in means if means[key] >= means[best] - 2 * noise * np.sqrt(2 / len(SEEDS))]
+        cheapest = min(near, key=lambda key: (key[2], -means[key]))
+        chosen[model] = (best, means[best], cheapest, means[cheapest])
+    return noise, chosen
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Dice against evaluations, a panel a model, a line a solver on the model's own grid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = cells(rows)
+    models = sorted({key[0] for key in found})
+    figure, panels = plt.subplots(1, len(models), figsize=(5.4 * len(models), 4), sharey=True, squeeze=False)
+    for axes, model in zip(panels[0], models):
+        for solver in EVALUATIONS:
+            line = sorted((k[2], v) for k, v in found.items() if k[:2] == (model, solver) and k[3:] == (10.0, 7.0))
+            middle = [float(np.mean(v)) for _, v in line]
+            spread = [[m - min(v) for m, (_, v) in zip(middle, line)], [max(v) - m for m, (_, v) in zip(middle, line)]]
+            axes.errorbar([n for n, _ in line], middle, spread, marker="o", markersize=4, capsize=2, label=solver)
+        axes.set(title=model, xlabel="network evaluations an image", xscale="log")
+        axes.set_xticks([2, 3, 5, 9, 17, 49], ["2", "3", "5", "9", "17", "49"], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("mean Dice on held-out phantom frames")
+    panels[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measure, or draw what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("storage", nargs="?", type=Path, default=Path("runs/demo"), help="storage of a finished demo")
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--models", nargs="+", default=["edm_l128", "edm"])
+    parser.add_argument("--plot", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = RESULTS / "few_steps.csv"
+    if not options.plot and not measure(options.storage, path, options.seconds, options.models):
+        print("not all measured yet: run it again")
+    noise, chosen = summary(read(path))
+    print(f"noise of one run: {noise:.4f}")
+    for best, best_dice, cheapest, dice in chosen.values():
+        print(f"best {best} {best_dice:.4f}; cheapest within its noise {cheapest} {dice:.4f}")
+    if options.plot:
+        plot(read(path), RESULTS / "few_steps.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Batches that fit the device: the largest by a probe, and halves of one that does not fit after all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def probe_batch(attempt: Callable[[int], object], *, start: int = 8, limit: int = 1024) -> int:
+    """The largest of start, 2·start, … up to `limit` for which `attempt(batch)` does not run out of memory.
+
+    Where `start` itself does not fit it is halved until it does. Raises torch.OutOfMemoryError when not even 1 fits.
+    """
+
+    def fits(batch: int) -> bool:
+        try:
+            attempt(batch)
+            return True
+        except torch.OutOfMemoryError:
+            pass
+        free_memory()  # outside the except clause: the traceback holds the tensors that filled the device
+        return False
+
+    batch = min(start, limit)
+    if fits(batch):
+        while 2 * batch <= limit and fits(2 * batch):
+            batch *= 2
+        return batch
+    while batch > 1:
+        batch //= 2
+        if fits(batch):
+            return batch
+    raise torch.OutOfMemoryError("a batch of 1 does not fit the device")
+
+
+def in_halves(work: Callable[[slice], T], count: int) -> list[T]:
+    """`work` over slices of range(count) in order: the whole, or halves of what does not fit the device, with a warning.
+
+    Raises torch.OutOfMemoryError when not even one fits.
+    """
+
+    def run(part: slice) -> list[T]:
+        try:
+            return [work(part)]
+        except torch.OutOfMemoryError:
+            if part.stop - part.start == 1:
+                raise
+        logging.getLogger("raysyn").warning(
+            "a batch of %d does not fit the GPU; drawing it in halves", part.stop - part.start
+        )
+        free_memory()
+        middle = (part.start + part.stop) // 2
+        return run(slice(part.start, middle)) + run(slice(middle, part.stop))
+
+    return run(slice(0, count))
+
+
+def free_memory() -> None:
+    """Hand cached memory back to the device, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,54 @@
+"""Batches against a device that holds only so many images."""
+
+import logging
+
+import pytest
+import torch
+
+from raysyn.diffusion.batching import in_halves, probe_batch
+
+
+def device_of(room: int):
+    """A piece of work that runs out of memory above `room` images, and the batches that it was given."""
+    given = []
+
+    def work(batch: int) -> None:
+        given.append(batch)
+        if batch > room:
+            raise torch.OutOfMemoryError("full")
+
+    return work, given
+
+
+@pytest.mark.parametrize(("room", "limit", "found"), [(1000, 64, 64), (40, 64, 32), (3, 64, 2), (1, 64, 1), (9, 4, 4)])
+def test_the_probe_finds_the_largest_that_fits(room: int, limit: int, found: int) -> None:
+    work, given = device_of(room)
+    assert probe_batch(work, start=8, limit=limit) == found
+    assert max(given) <= limit
+    assert len(given) <= 8
+
+
+def test_a_device_too_small_for_one_image_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="batch of 1"):
+        probe_batch(device_of(0)[0])
+    with pytest.raises(torch.OutOfMemoryError):
+        in_halves(lambda part: device_of(0)[0](1), 4)
+
+
+def test_what_does_not_fit_is_done_in_halves_in_order(caplog) -> None:
+    work, given = device_of(3)
+
+    def part(rows: slice) -> list[int]:
+        work(rows.stop - rows.start)
+        return list(range(rows.start, rows.stop))
+
+    with caplog.at_level(logging.WARNING, "raysyn"):
+        done = in_halves(part, 10)
+    assert [i for rows in done for i in rows] == list(range(10))
+    assert given[0] == 10
+    assert "does not fit" in caplog.text
+
+
+def test_other_errors_are_not_taken_for_a_full_device() -> None:
+    with pytest.raises(ValueError, match="wrong"):
+        in_halves(lambda part: (_ for _ in ()).throw(ValueError("wrong")), 4)
