@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import logging
 import os
 import time
 from collections.abc import Iterable
