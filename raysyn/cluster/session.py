@@ -61,6 +61,7 @@ def _start_local(config: RayConfig) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ray.init(
+        address="local",  # without it Ray joins whatever a `ray start` on this machine left in /tmp/ray, dead or not
         num_cpus=config.num_cpus,
         object_store_memory=config.object_store_mb << 20,
         include_dashboard=True,

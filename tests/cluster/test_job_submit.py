@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,8 +125,12 @@ def head() -> Iterator[Head]:
 
 def session_members(session: int) -> list[int]:
     """The processes of one session, the head's: `ray stop` would end every Ray of this machine."""
-    listed = subprocess.run(["ps", "-o", "pid=", "-s", str(session)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in listed.split()]
+    members = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == session:
+                members.append(pid)
+    return members
 
 
 def wait_until(condition: Any, seconds: float) -> None:

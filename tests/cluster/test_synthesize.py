@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of
@@ -263,13 +264,10 @@ def test_kill_9_of_the_head_ends_in_a_resumable_state(moment: int, undisturbed, 
     drill = Drill(tmp_path / "head", frames)
     process = drill.start(0.3)
     drill.wait_for_shards(random.Random(moment).randint(1, 7))
-    children = subprocess.run(
-        ["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout
-    victims = [int(line.split()[0]) for line in children.splitlines() if "gcs_server" in line or "raylet" in line]
+    victims = [one for one in psutil.Process(process.pid).children() if one.name() in ("gcs_server", "raylet")]
     assert victims
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+    for victim in victims:
+        victim.kill()
     before = drill.out.list(suffix=".parquet")
     try:
         process.communicate(timeout=150)  # Ray gives a head time to come back, then ends its driver
