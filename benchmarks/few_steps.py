@@ -35,29 +35,32 @@ COLUMNS = (
     *("model", "solver", "num_steps", "evaluations", "sigma_max", "rho", "seed"),
     *("dice", "cpu_seconds_per_image", "num_frames", "task_steps"),
 )
-NUM_TRAIN, NUM_VALIDATION, TASK_STEPS = 200, 40, 120
+NUM_TRAIN, NUM_VALIDATION, TASK_STEPS, TASK_BATCH = 160, 24, 240, 8
 SEEDS = (0, 1)
 EVALUATIONS = {  # ddim without noise is euler in these units; generalised with the linear schedule is heun
-    "euler": (2, 3, 5, 9, 17),
-    "dpmpp_2m": (2, 3, 5, 9, 17),
-    "dpmpp_3m": (3, 5, 9, 17),
-    "ddpm": (5, 9, 17),
-    "heun": (3, 5, 9, 17, 49),  # 49: the published sampler of record, 25 steps
-    "stochastic_heun": (5, 9, 17),
+    "edm_l128": {
+        "dpmpp_2m": (3, 5, 9, 2),
+        "heun": (5, 9, 3, 49),  # 49: the published sampler of record, 25 steps
+        "euler": (3, 5, 9),
+        "dpmpp_3m": (3, 5),
+        "ddpm": (5, 9),
+        "stochastic_heun": (5, 9),
+    },
+    "edm": {"dpmpp_2m": (3, 5), "heun": (5, 49)},
 }
-GRIDS = [(high, 7.0) for high in (2.5, 5.0, 20.0, 80.0)] + [(10.0, rho) for rho in (3.0, 5.0, 10.0)]
+GRIDS = {"edm_l128": [(5.0, 7.0), (2.5, 7.0), (20.0, 7.0), (80.0, 7.0), (10.0, 3.0), (10.0, 10.0)]}
+GRID_EVALUATIONS = 3
 
 
-def samplers(own: SamplerConfig) -> Iterator[SamplerConfig]:
+def samplers(name: str, own: SamplerConfig) -> Iterator[SamplerConfig]:
     """Every cell of the study for a model whose own sampler gives the range of noise levels."""
-    for solver, counts in EVALUATIONS.items():
+    for solver, counts in EVALUATIONS[name].items():
         for count in counts:
             steps = (count + 1) // 2 if "heun" in solver else count
             churn = 10.0 if solver == "stochastic_heun" else 0.0
             yield dataclasses.replace(own, solver=solver, num_steps=steps, s_churn=churn)
-    for count in (3, 5):
-        for high, rho in GRIDS:
-            yield dataclasses.replace(own, solver="dpmpp_2m", num_steps=count, sigma_max=high, rho=rho)
+    for high, rho in GRIDS.get(name, []):
+        yield dataclasses.replace(own, solver="dpmpp_2m", num_steps=GRID_EVALUATIONS, sigma_max=high, rho=rho)
 
 
 def draw(model: FittedModel, masks: FrameArrays, sampler: SamplerConfig, seed: int) -> tuple[FrameArrays, float]:
@@ -98,7 +101,7 @@ def measure(storage: Path, path: Path, seconds: float, names: list[str]) -> bool
     for manifest in sorted((m for m in manifests if m["model"] in names), key=lambda m: names.index(m["model"])):
         model = load_model_dir(manifest["model_dir"])
         frames = {split: read_arrays(manifest["frames"], split) for split in ("train", "validation", "test")}
-        for sampler in samplers(model.config.sampler):
+        for sampler in samplers(manifest["model"], model.config.sampler):
             count = num_network_evals(sampler, model.denoiser.precondition)
             own = (manifest["model"], sampler.solver, sampler.num_steps, count, sampler.sigma_max, sampler.rho)
             for seed in SEEDS:
@@ -107,7 +110,7 @@ def measure(storage: Path, path: Path, seconds: float, names: list[str]) -> bool
                     continue
                 if time.monotonic() > stop:
                     return False
-                run = dataclasses.replace(task, num_steps=TASK_STEPS, seed=seed)
+                run = dataclasses.replace(task, num_steps=TASK_STEPS, batch_size=TASK_BATCH, seed=seed)
                 dice, cost = dice_of(model, frames, sampler, run)
                 write(path, (*cell, f"{dice:.5f}", f"{cost:.5f}", NUM_TRAIN, TASK_STEPS))
     return True
@@ -134,13 +137,20 @@ def cells(rows: list[dict[str, str]]) -> dict[tuple, list[float]]:
 def summary(rows: list[dict[str, str]]) -> tuple[float, dict[str, tuple]]:
     """(noise, {model: (best cell, its Dice, cheapest cell within the noise of it, its Dice)}).
 
-    Noise is the standard deviation of one run, pooled over cells; means of two that differ by less than twice the sd of
-    such a difference are not told apart.
+    Noise is the standard deviation of one run within a seed: all cells of a seed have the same masks and starting
+    weights, so what a seed does to all of them alike is taken off. Cells (means over seeds) that differ by less than
+    twice the sd of such a difference are not told apart.
     """
     found = {k: v for k, v in cells(rows).items() if len(v) == len(SEEDS)}
-    noise = float(np.sqrt(np.mean([np.var(v, ddof=1) for v in found.values()])))
+    models = sorted({key[0] for key in found})
+    left = []
+    for model in models:
+        table = np.array([v for key, v in found.items() if key[0] == model])
+        rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+        left.append((float((rest**2).sum()), (len(table) - 1) * (len(SEEDS) - 1)))
+    noise = float(np.sqrt(sum(s for s, _ in left) / max(sum(n for _, n in left), 1)))
     chosen = {}
-    for model in sorted({key[0] for key in found}):
+    for model in models:
         means = {key: float(np.mean(v)) for key, v in found.items() if key[0] == model}
         best = max(means, key=lambda key: means[key])
         near = [key for key in means if means[key] >= means[best] - 2 * noise * np.sqrt(2 / len(SEEDS))]
@@ -160,7 +170,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     models = sorted({key[0] for key in found})
     figure, panels = plt.subplots(1, len(models), figsize=(5.4 * len(models), 4), sharey=True, squeeze=False)
     for axes, model in zip(panels[0], models):
-        for solver in EVALUATIONS:
+        for solver in EVALUATIONS[model]:
             line = sorted((k[2], v) for k, v in found.items() if k[:2] == (model, solver) and k[3:] == (10.0, 7.0))
             middle = [float(np.mean(v)) for _, v in line]
             spread = [[m - min(v) for m, (_, v) in zip(middle, line)], [max(v) - m for m, (_, v) in zip(middle, line)]]
@@ -188,7 +198,7 @@ def main() -> None:
     if not options.plot and not measure(options.storage, path, options.seconds, options.models):
         print("not all measured yet: run it again")
     noise, chosen = summary(read(path))
-    print(f"noise of one run: {noise:.4f}")
+    print(f"noise of one run within a seed: {noise:.4f}")
     for best, best_dice, cheapest, dice in chosen.values():
         print(f"best {best} {best_dice:.4f}; cheapest within its noise {cheapest} {dice:.4f}")
     if options.plot:

@@ -64,10 +64,11 @@ def model_sampler(spec: SynthesisSpec) -> Sampler:
 
     from raysyn.cluster.model_store import open_model
     from raysyn.config import SamplerConfig
-    from raysyn.diffusion.batching import in_halves
+    from raysyn.diffusion.batching import in_halves, keep_freed_memory
     from raysyn.pipeline import synthesize_images
 
     torch.set_num_threads(spec.threads)
+    keep_freed_memory()
     budget, amp = spec.config.modulation_cache_bytes, spec.config.amp
     model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
     if spec.config.compile:
