@@ -87,6 +87,25 @@ def dice_of(model: FittedModel, frames: dict[str, FrameArrays], sampler: Sampler
     return mean_dice(dice_by_region(predict_label_maps(fitted, frames["test"].image_u8), truth)), seconds
 
 
+def precision(storage: Path, path: Path, count: int = 32) -> None:
+    """Share of pixels within one grey level of fp32, and the largest difference, for bf16 and fp16 on trained nets."""
+    rows = []
+    for manifest in (json.loads(p.read_text()) for p in sorted(storage.glob("fit/*/manifest.json"))):
+        model = load_model_dir(manifest["model_dir"]).to("cpu")
+        frames = read_arrays(manifest["frames"], "train", limit=count)
+        drawn = {
+            amp: synthesize_images(model, frames.label_map, frames.view, range(count), amp=amp).astype(int)
+            for amp in ("none", "bf16", "fp16")
+        }
+        for amp in ("bf16", "fp16"):
+            apart = np.abs(drawn[amp] - drawn["none"])
+            rows.append((manifest["model"], amp, f"{(apart <= 1).mean():.5f}", int(apart.max()), count))
+            print(*rows[-1], flush=True)
+    with path.open("w", newline="") as file:
+        heading = ("model", "amp", "share_within_one_grey_level", "largest_difference", "num_images")
+        csv.writer(file, lineterminator="\n").writerows([heading, *rows])
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """What is measured so far."""
     return list(csv.DictReader(path.open())) if path.exists() else []
@@ -192,8 +211,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--models", nargs="+", default=["edm_l128", "edm"])
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--precision", action="store_true", help="only bf16 and fp16 against fp32, into precision.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.precision:
+        return precision(options.storage, RESULTS / "precision.csv")
     path = RESULTS / "few_steps.csv"
     if not options.plot and not measure(options.storage, path, options.seconds, options.models):
         print("not all measured yet: run it again")
