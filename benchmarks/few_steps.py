@@ -50,6 +50,7 @@ EVALUATIONS = {  # ddim without noise is euler in these units; generalised with 
 }
 GRIDS = {"edm_l128": [(5.0, 7.0), (2.5, 7.0), (20.0, 7.0), (80.0, 7.0), (10.0, 3.0), (10.0, 10.0)]}
 GRID_EVALUATIONS = 3
+WORKS = 0.02  # Dice
 
 
 def samplers(name: str, own: SamplerConfig) -> Iterator[SamplerConfig]:
@@ -157,24 +158,24 @@ def summary(rows: list[dict[str, str]]) -> tuple[float, dict[str, tuple]]:
     """(noise, {model: (best cell, its Dice, cheapest cell within the noise of it, its Dice)}).
 
     Noise is the standard deviation of one run within a seed: all cells of a seed have the same masks and starting
-    weights, so what a seed does to all of them alike is taken off. Cells (means over seeds) that differ by less than
-    twice the sd of such a difference are not told apart.
+    weights, so what a seed does to all of them alike is taken off. It is taken from the cells that work (`WORKS` below
+    the best at most). Means that differ by less than twice the sd of such a difference are not told apart.
     """
     found = {k: v for k, v in cells(rows).items() if len(v) == len(SEEDS)}
-    models = sorted({key[0] for key in found})
-    left = []
-    for model in models:
-        table = np.array([v for key, v in found.items() if key[0] == model])
+    chosen, squares, free = {}, 0.0, 0
+    models = {model: {k: v for k, v in found.items() if k[0] == model} for model in sorted({k[0] for k in found})}
+    for cells_here in models.values():
+        best = max(np.mean(v) for v in cells_here.values())
+        table = np.array([v for v in cells_here.values() if np.mean(v) >= best - WORKS])
         rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
-        left.append((float((rest**2).sum()), (len(table) - 1) * (len(SEEDS) - 1)))
-    noise = float(np.sqrt(sum(s for s, _ in left) / max(sum(n for _, n in left), 1)))
-    chosen = {}
-    for model in models:
-        means = {key: float(np.mean(v)) for key, v in found.items() if key[0] == model}
-        best = max(means, key=lambda key: means[key])
-        near = [key for key in means if means[key] >= means[best] - 2 * noise * np.sqrt(2 / len(SEEDS))]
+        squares, free = squares + float((rest**2).sum()), free + (len(table) - 1) * (len(SEEDS) - 1)
+    noise = float(np.sqrt(squares / max(free, 1)))
+    for model, cells_here in models.items():
+        means = {key: float(np.mean(v)) for key, v in cells_here.items()}
+        top = max(means, key=lambda key: means[key])
+        near = [key for key in means if means[key] >= means[top] - 2 * noise * np.sqrt(2 / len(SEEDS))]
         cheapest = min(near, key=lambda key: (key[2], -means[key]))
-        chosen[model] = (best, means[best], cheapest, means[cheapest])
+        chosen[model] = (top, means[top], cheapest, means[cheapest])
     return noise, chosen
 
 
