@@ -23,13 +23,14 @@ from raysyn.compose import load_model
 from raysyn.diffusion.batching import keep_freed_memory
 from raysyn.diffusion.generate import generate
 from raysyn.models import build_denoiser
+from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
 from raysyn.report.write import machine
 
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 COLUMNS = ("name", "size", "ratio_median", "ratio_min", "ratio_max", "ours_seconds", "other_seconds", "machine", "date")
 
 
-FEW_STEPS = ("dpmpp_2m", 5)  # benchmarks/few_steps.py
+FEW_STEPS = ("dpmpp_2m", 3)  # benchmarks/few_steps.py
 measure = partial(ratio, clock=time.process_time)  # one thread: other processes' share of the machine is left out
 
 
@@ -48,16 +49,18 @@ def demo_denoiser(name: str, image_size: int):
     return config, denoiser, one_hot, (config.vae.latent_channels, size, size)
 
 
-def against_plain(name: str, image_size: int, num_steps: int = 5, ours_sampler: tuple[str, int] | None = None) -> list:
+def against_plain(
+    name: str, image_size: int, num_steps: int = 5, few_steps: bool = False, compiled: bool = False
+) -> list:
     """(a): seconds an image at the same weights and seeds, ours in batches of 16, bf16, modulations kept.
 
-    At equal solver and steps (Heun) the images agree to rounding in fp32, which is checked. With `ours_sampler` (solver,
-    steps) ours is that one: what benchmarks/few_steps.py found to reach the task Dice of Heun with `num_steps`.
+    At equal solver and steps (Heun) the images agree to rounding in fp32, which is checked. With `few_steps` ours is
+    what benchmarks/few_steps.py found to reach the task Dice of Heun with 25 steps. `compiled` is synthesize.compile.
     """
     config, published, one_hot, shape = demo_denoiser(name, image_size)
     denoiser = copy.deepcopy(published).to(memory_format=torch.channels_last)
     own, few = config.sampler, 2 * PLAIN_BATCH
-    own.solver, own.num_steps = ours_sampler or ("heun", num_steps)
+    own.solver, own.num_steps = FEW_STEPS if few_steps else ("heun", num_steps)
 
     def ours(amp: str = "bf16", count: int = 16):
         options = {"shape": shape, "amp": amp, "modulation_cache_bytes": 1 << 30}
@@ -66,19 +69,17 @@ def against_plain(name: str, image_size: int, num_steps: int = 5, ours_sampler: 
     def plain():
         return plain_heun(published, one_hot[:few], range(few), shape, num_steps, own.sigma_min, own.sigma_max)
 
-    if ours_sampler is None:
+    if not few_steps:
         difference = float((ours("none", few) - plain()).abs().max())
         assert difference < 1e-3 * float(plain().abs().max()), f"the two procedures differ by {difference}"
+    if compiled:
+        denoiser.net = net = FixedShapeNet(store_weights(denoiser.net, torch.bfloat16), graphs=False)
+        ours()
+        assert not net.fallbacks, net.fallbacks
     ratios, ours_seconds, plain_seconds = measure(ours, plain, 5 if num_steps < 10 else 3)
-    what = f"heun {num_steps}" if ours_sampler is None else f"{own.solver} {own.num_steps} against heun {num_steps}"
-    title = "sampler against the plain procedure" + (" at equal task Dice" if ours_sampler else "")
-    return [
-        f"{title}: {name}, {what}",
-        image_size,
-        [r * 16 / few for r in ratios],
-        ours_seconds / 16,
-        plain_seconds / few,
-    ]
+    what = f"{own.solver} {own.num_steps}" + (f" for heun {num_steps}, equal task Dice" if few_steps else "")
+    title = f"sampler{' (compiled)' if compiled else ''} against the plain procedure: {name}, {what}"
+    return [title, image_size, [r * 16 / few for r in ratios], ours_seconds / 16, plain_seconds / few]
 
 
 def against_diffusers(image_size: int = 64) -> list:
@@ -120,8 +121,10 @@ def main() -> None:
         against_plain("edm_l64", 64),
         against_plain("edm", 64),
         against_plain("edm", 128, 3),
-        against_plain("edm_l128", 64, 25, FEW_STEPS),
-        against_plain("edm", 64, 25, FEW_STEPS),
+        against_plain("edm_l128", 64, compiled=True),
+        against_plain("edm_l64", 64, compiled=True),
+        against_plain("edm_l128", 64, 25, few_steps=True),
+        against_plain("edm", 64, 25, few_steps=True),
         against_diffusers(),
         growth(32),
         growth(64),
