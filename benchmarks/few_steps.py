@@ -46,7 +46,7 @@ EVALUATIONS = {  # ddim without noise is euler in these units; generalised with 
         "ddpm": (5, 9),
         "stochastic_heun": (5, 9),
     },
-    "edm": {"dpmpp_2m": (3, 5), "heun": (5, 49)},
+    "edm": {"dpmpp_2m": (3, 5), "heun": (9, 49)},
 }
 GRIDS = {"edm_l128": [(5.0, 7.0), (2.5, 7.0), (20.0, 7.0), (80.0, 7.0), (10.0, 3.0), (10.0, 10.0)]}
 GRID_EVALUATIONS = 3
