@@ -1,64 +1,37 @@
 """`make bench`: side-by-side ratios on this machine's CPU, into benchmarks/results/cpu.csv.
 
-Each row alternates two procedures in one process and reports the median ratio of their times with its spread: (a) our
+Each row alternates two procedures in one process and reports the median ratio of their CPU times with its spread: (a) our
 sampler against a plain, faithful implementation of the published procedure at equal weights, solver and steps; (b) our
 network against diffusers' UNet2DModel of equal width; (c) cost against image size and batch.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
 import statistics
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.plain import PLAIN_BATCH, plain_heun, ratio
 from raysyn.compose import load_model
+from raysyn.diffusion.batching import keep_freed_memory
 from raysyn.diffusion.generate import generate
-from raysyn.diffusion.noise import karras_sigmas, seeded_noise
 from raysyn.models import build_denoiser
+from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
 from raysyn.report.write import machine
 
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 COLUMNS = ("name", "size", "ratio_median", "ratio_min", "ratio_max", "ours_seconds", "other_seconds", "machine", "date")
-ROUNDS = 5
 
 
-def plain_heun(denoiser, one_hot, seeds, shape, num_steps: int, low: float, high: float) -> torch.Tensor:
-    """The published procedure, from REFERENCE: batches of 2, SPADE's convolutions at every evaluation, fp64 state."""
-    parts = []
-    sigmas = karras_sigmas(num_steps, sigma_min=low, sigma_max=high).tolist()
-    for start in range(0, len(seeds), 2):
-        maps = one_hot[start : start + 2]
-        x = seeded_noise(seeds[start : start + 2], shape).double() * sigmas[0]
-        for sigma, lower in pairwise(sigmas):
-            slope = (x - denoiser(x.float(), sigma, maps).double()) / sigma
-            euler = x + (lower - sigma) * slope
-            if lower > 0:
-                slope = 0.5 * (slope + (euler - denoiser(euler.float(), lower, maps).double()) / lower)
-            x = x + (lower - sigma) * slope
-        parts.append(x)
-    return torch.cat(parts).float()
-
-
-def ratio(ours: Callable[[], object], other: Callable[[], object]) -> tuple[list[float], float, float]:
-    """(ratios other/ours of alternating rounds, median seconds of ours, of the other's), after one warm-up each."""
-    ours(), other()
-    times = []
-    for _ in range(ROUNDS):
-        pair = []
-        for procedure in (ours, other):
-            started = time.perf_counter()
-            procedure()
-            pair.append(time.perf_counter() - started)
-        times.append(pair)
-    seconds = [statistics.median(t[i] for t in times) for i in (0, 1)]
-    return [t[1] / t[0] for t in times], seconds[0], seconds[1]
+FEW_STEPS = ("dpmpp_2m", 3)  # benchmarks/few_steps.py
+measure = partial(ratio, clock=time.process_time)  # one thread: other processes' share of the machine is left out
 
 
 def demo_denoiser(name: str, image_size: int):
@@ -76,23 +49,37 @@ def demo_denoiser(name: str, image_size: int):
     return config, denoiser, one_hot, (config.vae.latent_channels, size, size)
 
 
-def against_plain(name: str, image_size: int, num_steps: int = 5) -> list:
-    """(a): the same weights, seeds, solver and steps; the images agree to rounding."""
-    config, denoiser, one_hot, shape = demo_denoiser(name, image_size)
-    seeds = list(range(16))
-    config.sampler.solver, config.sampler.num_steps = "heun", num_steps
-    low, high = config.sampler.sigma_min, config.sampler.sigma_max
+def against_plain(
+    name: str, image_size: int, num_steps: int = 5, few_steps: bool = False, compiled: bool = False
+) -> list:
+    """(a): seconds an image at the same weights and seeds, ours in batches of 16, bf16, modulations kept.
 
-    def ours(amp: str = "bf16"):
-        return generate(denoiser, one_hot, seeds, config.sampler, shape=shape, amp=amp, modulation_cache_bytes=1 << 30)
+    At equal solver and steps (Heun) the images agree to rounding in fp32, which is checked. With `few_steps` ours is
+    what benchmarks/few_steps.py found to reach the task Dice of Heun with 25 steps. `compiled` is synthesize.compile.
+    """
+    config, published, one_hot, shape = demo_denoiser(name, image_size)
+    denoiser = copy.deepcopy(published).to(memory_format=torch.channels_last)
+    own, few = config.sampler, 2 * PLAIN_BATCH
+    own.solver, own.num_steps = FEW_STEPS if few_steps else ("heun", num_steps)
+
+    def ours(amp: str = "bf16", count: int = 16):
+        options = {"shape": shape, "amp": amp, "modulation_cache_bytes": 1 << 30}
+        return generate(denoiser, one_hot[:count], range(count), own, **options)
 
     def plain():
-        with torch.inference_mode():
-            return plain_heun(denoiser, one_hot, seeds, shape, num_steps, low, high)
+        return plain_heun(published, one_hot[:few], range(few), shape, num_steps, own.sigma_min, own.sigma_max)
 
-    difference = float((ours("none") - plain()).abs().max())
-    assert difference < 1e-3 * float(plain().abs().max()), f"the two procedures differ by {difference}"
-    return [f"sampler against the plain procedure: {name}, heun {num_steps}", image_size, *ratio(ours, plain)]
+    if not few_steps:
+        difference = float((ours("none", few) - plain()).abs().max())
+        assert difference < 1e-3 * float(plain().abs().max()), f"the two procedures differ by {difference}"
+    if compiled:
+        denoiser.net = net = FixedShapeNet(store_weights(denoiser.net, torch.bfloat16), graphs=False)
+        ours()
+        assert not net.fallbacks, net.fallbacks
+    ratios, ours_seconds, plain_seconds = measure(ours, plain, 5 if num_steps < 10 else 3)
+    what = f"{own.solver} {own.num_steps}" + (f" for heun {num_steps}, equal task Dice" if few_steps else "")
+    title = f"sampler{' (compiled)' if compiled else ''} against the plain procedure: {name}, {what}"
+    return [title, image_size, [r * 16 / few for r in ratios], ours_seconds / 16, plain_seconds / few]
 
 
 def against_diffusers(image_size: int = 64) -> list:
@@ -108,7 +95,7 @@ def against_diffusers(image_size: int = 64) -> list:
     folded = torch.cat([torch.nn.functional.pixel_unshuffle(x, 2), one_hot[:, :, ::2, ::2]], 1)
     modulations = denoiser.modulations(one_hot)
     with torch.inference_mode():
-        ratios = ratio(lambda: denoiser(x, sigma, one_hot, modulations), lambda: other(folded, 10).sample)
+        ratios = measure(lambda: denoiser(x, sigma, one_hot, modulations), lambda: other(folded, 10).sample)
     return ["one evaluation against diffusers' UNet2DModel of equal width (no SPADE)", image_size, *ratios]
 
 
@@ -122,17 +109,22 @@ def growth(image_size: int) -> list:
                 d, o[:4], [0, 1, 2, 3], c.sampler, shape=s, modulation_cache_bytes=1 << 30
             )
         )
-    return ["cost of an image at twice the side against this size: edm", image_size, *ratio(*procedures)]
+    return ["cost of an image at twice the side against this size: edm", image_size, *measure(*procedures)]
 
 
 def main() -> None:
     """Run all rows and write the CSV."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows = [
         against_plain("edm_l128", 64),
         against_plain("edm_l64", 64),
         against_plain("edm", 64),
         against_plain("edm", 128, 3),
+        against_plain("edm_l128", 64, compiled=True),
+        against_plain("edm_l64", 64, compiled=True),
+        against_plain("edm_l128", 64, 25, few_steps=True),
+        against_plain("edm", 64, 25, few_steps=True),
         against_diffusers(),
         growth(32),
         growth(64),

@@ -35,29 +35,33 @@ COLUMNS = (
     *("model", "solver", "num_steps", "evaluations", "sigma_max", "rho", "seed"),
     *("dice", "cpu_seconds_per_image", "num_frames", "task_steps"),
 )
-NUM_TRAIN, NUM_VALIDATION, TASK_STEPS = 200, 40, 120
+NUM_TRAIN, NUM_VALIDATION, TASK_STEPS, TASK_BATCH = 160, 24, 240, 8
 SEEDS = (0, 1)
 EVALUATIONS = {  # ddim without noise is euler in these units; generalised with the linear schedule is heun
-    "euler": (2, 3, 5, 9, 17),
-    "dpmpp_2m": (2, 3, 5, 9, 17),
-    "dpmpp_3m": (3, 5, 9, 17),
-    "ddpm": (5, 9, 17),
-    "heun": (3, 5, 9, 17, 49),  # 49: the published sampler of record, 25 steps
-    "stochastic_heun": (5, 9, 17),
+    "edm_l128": {
+        "dpmpp_2m": (3, 5, 9, 2),
+        "heun": (5, 9, 3, 49),  # 49: the published sampler of record, 25 steps
+        "euler": (3, 5, 9),
+        "dpmpp_3m": (3, 5),
+        "ddpm": (5, 9),
+        "stochastic_heun": (5, 9),
+    },
+    "edm": {"dpmpp_2m": (3, 5), "heun": (9, 49)},
 }
-GRIDS = [(high, 7.0) for high in (2.5, 5.0, 20.0, 80.0)] + [(10.0, rho) for rho in (3.0, 5.0, 10.0)]
+GRIDS = {"edm_l128": [(5.0, 7.0), (2.5, 7.0), (20.0, 7.0), (80.0, 7.0), (10.0, 3.0), (10.0, 10.0)]}
+GRID_EVALUATIONS = 3
+WORKS = 0.02  # Dice
 
 
-def samplers(own: SamplerConfig) -> Iterator[SamplerConfig]:
+def samplers(name: str, own: SamplerConfig) -> Iterator[SamplerConfig]:
     """Every cell of the study for a model whose own sampler gives the range of noise levels."""
-    for solver, counts in EVALUATIONS.items():
+    for solver, counts in EVALUATIONS[name].items():
         for count in counts:
             steps = (count + 1) // 2 if "heun" in solver else count
             churn = 10.0 if solver == "stochastic_heun" else 0.0
             yield dataclasses.replace(own, solver=solver, num_steps=steps, s_churn=churn)
-    for count in (3, 5):
-        for high, rho in GRIDS:
-            yield dataclasses.replace(own, solver="dpmpp_2m", num_steps=count, sigma_max=high, rho=rho)
+    for high, rho in GRIDS.get(name, []):
+        yield dataclasses.replace(own, solver="dpmpp_2m", num_steps=GRID_EVALUATIONS, sigma_max=high, rho=rho)
 
 
 def draw(model: FittedModel, masks: FrameArrays, sampler: SamplerConfig, seed: int) -> tuple[FrameArrays, float]:
@@ -84,6 +88,25 @@ def dice_of(model: FittedModel, frames: dict[str, FrameArrays], sampler: Sampler
     return mean_dice(dice_by_region(predict_label_maps(fitted, frames["test"].image_u8), truth)), seconds
 
 
+def precision(storage: Path, path: Path, count: int = 32) -> None:
+    """Share of pixels within one grey level of fp32, and the largest difference, for bf16 and fp16 on trained nets."""
+    rows = []
+    for manifest in (json.loads(p.read_text()) for p in sorted(storage.glob("fit/*/manifest.json"))):
+        model = load_model_dir(manifest["model_dir"]).to("cpu")
+        frames = read_arrays(manifest["frames"], "train", limit=count)
+        drawn = {
+            amp: synthesize_images(model, frames.label_map, frames.view, range(count), amp=amp).astype(int)
+            for amp in ("none", "bf16", "fp16")
+        }
+        for amp in ("bf16", "fp16"):
+            apart = np.abs(drawn[amp] - drawn["none"])
+            rows.append((manifest["model"], amp, f"{(apart <= 1).mean():.5f}", int(apart.max()), count))
+            print(*rows[-1], flush=True)
+    with path.open("w", newline="") as file:
+        heading = ("model", "amp", "share_within_one_grey_level", "largest_difference", "num_images")
+        csv.writer(file, lineterminator="\n").writerows([heading, *rows])
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """What is measured so far."""
     return list(csv.DictReader(path.open())) if path.exists() else []
@@ -98,7 +121,7 @@ def measure(storage: Path, path: Path, seconds: float, names: list[str]) -> bool
     for manifest in sorted((m for m in manifests if m["model"] in names), key=lambda m: names.index(m["model"])):
         model = load_model_dir(manifest["model_dir"])
         frames = {split: read_arrays(manifest["frames"], split) for split in ("train", "validation", "test")}
-        for sampler in samplers(model.config.sampler):
+        for sampler in samplers(manifest["model"], model.config.sampler):
             count = num_network_evals(sampler, model.denoiser.precondition)
             own = (manifest["model"], sampler.solver, sampler.num_steps, count, sampler.sigma_max, sampler.rho)
             for seed in SEEDS:
@@ -107,7 +130,7 @@ def measure(storage: Path, path: Path, seconds: float, names: list[str]) -> bool
                     continue
                 if time.monotonic() > stop:
                     return False
-                run = dataclasses.replace(task, num_steps=TASK_STEPS, seed=seed)
+                run = dataclasses.replace(task, num_steps=TASK_STEPS, batch_size=TASK_BATCH, seed=seed)
                 dice, cost = dice_of(model, frames, sampler, run)
                 write(path, (*cell, f"{dice:.5f}", f"{cost:.5f}", NUM_TRAIN, TASK_STEPS))
     return True
@@ -134,18 +157,25 @@ def cells(rows: list[dict[str, str]]) -> dict[tuple, list[float]]:
 def summary(rows: list[dict[str, str]]) -> tuple[float, dict[str, tuple]]:
     """(noise, {model: (best cell, its Dice, cheapest cell within the noise of it, its Dice)}).
 
-    Noise is the standard deviation of one run, pooled over cells; means of two that differ by less than twice the sd of
-    such a difference are not told apart.
+    Noise is the standard deviation of one run within a seed: all cells of a seed have the same masks and starting
+    weights, so what a seed does to all of them alike is taken off. It is taken from the cells that work (`WORKS` below
+    the best at most). Means that differ by less than twice the sd of such a difference are not told apart.
     """
     found = {k: v for k, v in cells(rows).items() if len(v) == len(SEEDS)}
-    noise = float(np.sqrt(np.mean([np.var(v, ddof=1) for v in found.values()])))
-    chosen = {}
-    for model in sorted({key[0] for key in found}):
-        means = {key: float(np.mean(v)) for key, v in found.items() if key[0] == model}
-        best = max(means, key=lambda key: means[key])
-        near = [key for key in means if means[key] >= means[best] - 2 * noise * np.sqrt(2 / len(SEEDS))]
+    chosen, squares, free = {}, 0.0, 0
+    models = {model: {k: v for k, v in found.items() if k[0] == model} for model in sorted({k[0] for k in found})}
+    for cells_here in models.values():
+        best = max(np.mean(v) for v in cells_here.values())
+        table = np.array([v for v in cells_here.values() if np.mean(v) >= best - WORKS])
+        rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+        squares, free = squares + float((rest**2).sum()), free + (len(table) - 1) * (len(SEEDS) - 1)
+    noise = float(np.sqrt(squares / max(free, 1)))
+    for model, cells_here in models.items():
+        means = {key: float(np.mean(v)) for key, v in cells_here.items()}
+        top = max(means, key=lambda key: means[key])
+        near = [key for key in means if means[key] >= means[top] - 2 * noise * np.sqrt(2 / len(SEEDS))]
         cheapest = min(near, key=lambda key: (key[2], -means[key]))
-        chosen[model] = (best, means[best], cheapest, means[cheapest])
+        chosen[model] = (top, means[top], cheapest, means[cheapest])
     return noise, chosen
 
 
@@ -160,7 +190,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     models = sorted({key[0] for key in found})
     figure, panels = plt.subplots(1, len(models), figsize=(5.4 * len(models), 4), sharey=True, squeeze=False)
     for axes, model in zip(panels[0], models):
-        for solver in EVALUATIONS:
+        for solver in EVALUATIONS[model]:
             line = sorted((k[2], v) for k, v in found.items() if k[:2] == (model, solver) and k[3:] == (10.0, 7.0))
             middle = [float(np.mean(v)) for _, v in line]
             spread = [[m - min(v) for m, (_, v) in zip(middle, line)], [max(v) - m for m, (_, v) in zip(middle, line)]]
@@ -182,13 +212,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--models", nargs="+", default=["edm_l128", "edm"])
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--precision", action="store_true", help="only bf16 and fp16 against fp32, into precision.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.precision:
+        return precision(options.storage, RESULTS / "precision.csv")
     path = RESULTS / "few_steps.csv"
     if not options.plot and not measure(options.storage, path, options.seconds, options.models):
         print("not all measured yet: run it again")
     noise, chosen = summary(read(path))
-    print(f"noise of one run: {noise:.4f}")
+    print(f"noise of one run within a seed: {noise:.4f}")
     for best, best_dice, cheapest, dice in chosen.values():
         print(f"best {best} {best_dice:.4f}; cheapest within its noise {cheapest} {dice:.4f}")
     if options.plot:

@@ -44,22 +44,20 @@ class FittedModel:
     checkpoint_sha256: str
 
     def to(self, device: str | torch.device) -> FittedModel:
-        """Move the nets; returns self."""
-        self.denoiser.to(device)
+        """Move the nets, channels last, in which sampling is fastest on CPUs and GPUs alike; returns self."""
+        self.denoiser.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(self.codec, LatentCodec):
-            self.codec.vae.to(device)
+            self.codec.vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     def fix_shapes(self, amp: str = "none") -> FixedShapeNet:
-        """Make the net ready for many batches of one shape: compiled, CUDA graphs, channels last, weights kept in `amp`.
+        """Make the net ready for many batches of one shape: compiled, CUDA graphs, weights kept in `amp`.
 
         Returns the net, whose `fallbacks` tell what could not be had. The model is for sampling alone afterwards.
         """
         net = self.denoiser.net
         if amp in AMP_DTYPES:
             store_weights(net, AMP_DTYPES[amp])
-        if next(net.parameters()).is_cuda:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.denoiser.net = fixed = FixedShapeNet(net)
         return fixed
 

@@ -1,6 +1,8 @@
 """Model folders and the diffusers pipeline: what is saved is what draws, and bad input is one clear line."""
 
+import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from raysyn.compose import load_model
 from raysyn.labels import semantic_index
 from raysyn.models import MODELS, build_denoiser, build_vae
 from raysyn.nets.codecs import LatentCodec, PixelCodec
+from raysyn.nets.fixed_shape import FixedShapeNet
 from raysyn.pipeline import SemanticDiffusionPipeline, load_model_dir, save_model, synthesize_images, weights_sha256
 from raysyn.types import UserError
 
@@ -121,6 +124,18 @@ def test_bad_maps_are_one_clear_error(folder, maps, change, says: str) -> None:
         pipeline(maps, ["2CH"])
     with pytest.raises(UserError, match="3CH"):
         pipeline(maps, ["3CH"] * 4)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_made_ready_for_fixed_shapes_a_model_draws_the_same_bits(folder, maps, monkeypatch, amp: str) -> None:
+    monkeypatch.setattr("raysyn.pipeline.FixedShapeNet", partial(FixedShapeNet, backend="eager"))
+    model, views = load_model_dir(folder), np.array([0, 1, 0, 1], np.uint8)
+    sampler = dataclasses.replace(model.config.sampler, num_steps=2)
+    before = synthesize_images(model, maps, views, [1, 2, 3, 4], sampler, amp=amp)
+    fixed = model.fix_shapes(amp)
+    assert np.array_equal(before, synthesize_images(model, maps, views, [1, 2, 3, 4], sampler, amp=amp))
+    assert fixed.fallbacks == ["no CUDA graphs on cpu"]
+    torch._dynamo.reset()
 
 
 def test_missing_foreign_and_damaged_folders_are_refused(folder, tmp_path) -> None:

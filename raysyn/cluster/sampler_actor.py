@@ -70,8 +70,10 @@ class ModelSampler:
 
         from raysyn.cluster.model_store import open_model
         from raysyn.config import SamplerConfig
+        from raysyn.diffusion.batching import keep_freed_memory
 
         torch.set_num_threads(spec.threads)
+        keep_freed_memory()
         self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
         if spec.config.compile:
             self.model.fix_shapes(spec.config.amp)

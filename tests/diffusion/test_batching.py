@@ -1,6 +1,9 @@
 """Batches against a device that holds only so many images."""
 
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,3 +55,9 @@ def test_what_does_not_fit_is_done_in_halves_in_order(caplog) -> None:
 def test_other_errors_are_not_taken_for_a_full_device() -> None:
     with pytest.raises(ValueError, match="wrong"):
         in_halves(lambda part: (_ for _ in ()).throw(ValueError("wrong")), 4)
+
+
+def test_on_linux_freed_memory_is_kept() -> None:
+    code = "from raysyn.diffusion.batching import keep_freed_memory; print(keep_freed_memory())"  # for a process's life
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")

@@ -62,6 +62,16 @@ def test_order_of_convergence(name: str, least: float, most: float, start) -> No
     assert all(least <= o <= most for o in found), found
 
 
+def test_third_order_multistep_is_of_third_order(start) -> None:
+    high, low = 100.0, 1e-4  # wide: the last step's own error, of order low, stays out of sight
+    ends = [
+        SOLVERS["dpmpp_3m"](gaussian, 10 * start, karras_sigmas(n, sigma_min=low, sigma_max=high))
+        for n in (64, 128, 256)
+    ]
+    errors = [float((end - ode_end(10 * start, high)).abs().max()) for end in ends]
+    assert all(2.8 <= math.log2(a / b) <= 3.4 for a, b in pairwise(errors)), errors
+
+
 def test_third_order_multistep_is_nearer_than_second(start) -> None:
     grid = karras_sigmas(24, sigma_min=LOW, sigma_max=HIGH)
     two, three = (
