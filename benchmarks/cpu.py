@@ -2,7 +2,8 @@
 
 Each row alternates two procedures in one process and reports the median ratio of their CPU times with its spread: (a) our
 sampler against a plain, faithful implementation of the published procedure at equal weights, solver and steps; (b) our
-network against diffusers' UNet2DModel of equal width; (c) cost against image size and batch.
+network against diffusers' UNet2DModel of equal width; (c) cost against image size and batch; (d), (e) what Ray adds and
+what a second actor is worth (ray_overhead.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import ray_overhead
 from benchmarks.plain import PLAIN_BATCH, plain_heun, ratio
 from raysyn.compose import load_model
 from raysyn.diffusion.batching import keep_freed_memory
@@ -129,15 +131,23 @@ def main() -> None:
         growth(32),
         growth(64),
     ]
+    write_rows([*rows, *ray_overhead.rows()])
+
+
+def write_rows(rows: list[list], renew: bool = True) -> None:
+    """Write `rows` (name, size, ratios, seconds of ours, of the other) and print them. Without `renew` others stay."""
+    cells = {}
+    if not renew:
+        with RESULTS.open(newline="") as file:
+            cells = {(row[0], row[1]): row for row in list(csv.reader(file))[1:]}
+    for name, size, ratios, ours, other in rows:
+        numbers = [statistics.median(ratios), min(ratios), max(ratios), ours, other]
+        said = [f"{v:.4g}" for v in numbers]
+        cells[name, str(size)] = [name, str(size), *said, machine(), datetime.date.today().isoformat()]
+        print(f"{name} ({size} px): {numbers[0]:.3f} [{numbers[1]:.3f}, {numbers[2]:.3f}]")
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for name, size, ratios, ours, other in rows:
-            numbers = [statistics.median(ratios), min(ratios), max(ratios), ours, other]
-            cells = [name, size, *(f"{v:.4g}" for v in numbers), machine(), datetime.date.today().isoformat()]
-            writer.writerow(cells)
-            print(f"{name} ({size} px): {numbers[0]:.2f} [{numbers[1]:.2f}, {numbers[2]:.2f}]")
+        csv.writer(file).writerows([COLUMNS, *cells.values()])
 
 
 if __name__ == "__main__":

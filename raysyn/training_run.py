@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from raysyn.config import FitConfig
+from raysyn.metrics.cost import gpu_energy_joules
 from raysyn.training import SIGMA_EDGES, Diverged, Objective, Parallel, Spike, StepReport, autocast, train
-from raysyn.training_state import CheckpointStore, TrainState, folder_of, progress_to_json
+from raysyn.training_state import CheckpointStore, Progress, TrainState, folder_of, progress_to_json
 
 
 @dataclass
@@ -69,14 +70,17 @@ def run(
 def _run_once(
     state: TrainState, objective: Objective, config: FitConfig, store: CheckpointStore, parallel: Parallel, hooks: Hooks
 ) -> bool:
-    window = _Window(config.global_batch)
+    window, energy = _Window(config.global_batch), _Energy(parallel)
     for report in train(state, objective, config, parallel, hooks.should_stop):
         window.add(report)
         hooks.step(report)
         step, last = report.step, report.step == config.num_steps
         due = last or report.stop or step % config.checkpoint_every_steps == 0
-        if last or step % config.log_every_steps == 0:
-            due = hooks.leaving() or due
+        logged = last or step % config.log_every_steps == 0
+        due = (logged and hooks.leaving()) or due
+        if due or logged:
+            energy.add_to(state.progress)
+        if logged:
             hooks.log(window.summary() | _costs(state), step)
             window = _Window(config.global_batch)
         if (last or step % config.validate_every_steps == 0) and objective.num_validation:
@@ -103,7 +107,8 @@ def _resume(state: TrainState, store: CheckpointStore) -> None:
 
 def _save(state: TrainState, store: CheckpointStore, parallel: Parallel) -> None:
     if parallel.rank == 0:
-        store.save(state.progress.step, state.tensors(), {"progress": progress_to_json(state.progress)})
+        meta = {"progress": progress_to_json(state.progress), "num_workers": parallel.world_size}
+        store.save(state.progress.step, state.tensors(), meta)
 
 
 def _last_good(store: CheckpointStore, parallel: Parallel) -> str:
@@ -155,10 +160,34 @@ def _validated(state: TrainState, objective: Objective, config: FitConfig, paral
 def _costs(state: TrainState) -> dict[str, float]:
     progress = state.progress
     costs = {"cost/cpu_seconds": progress.cpu_seconds, "cost/gpu_seconds": progress.gpu_seconds}
+    if progress.energy_joules is not None:
+        costs["cost/energy_joules"] = progress.energy_joules
     costs["system/memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         costs["system/gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return costs
+
+
+class _Energy:
+    """What the ranks' GPUs used since it was asked last."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.parallel, self.before = parallel, self._read(parallel)
+
+    @staticmethod
+    def _read(parallel: Parallel) -> float | None:
+        return gpu_energy_joules(parallel.device.index or 0) if parallel.num_gpus else None
+
+    def add_to(self, progress: Progress) -> None:
+        """Add it to the progress, the same on all ranks; called by all of them. Unknown once is unknown for good."""
+        now, before = self._read(self.parallel), self.before
+        self.before = now
+        used = [0.0, 1.0] if now is None or before is None else [now - before, 0.0]
+        if self.parallel.num_gpus:
+            used = self.parallel.all_reduce(torch.tensor(used, device=self.parallel.device)).tolist()
+        joules, unknown = used
+        if progress.energy_joules is not None:
+            progress.energy_joules = None if unknown else progress.energy_joules + joules
 
 
 @dataclass

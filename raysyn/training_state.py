@@ -28,13 +28,17 @@ Tensors = dict[str, dict[str, Tensor]]
 
 @dataclass
 class Progress:
-    """Where a fit is. `losses` has one entry a step; `validations` and `rollbacks` are (step, loss)."""
+    """Where a fit is. `losses` has one entry a step; `validations` and `rollbacks` are (step, loss).
+
+    `energy_joules` is that of all ranks' GPUs as NVML tells it, None where it does not.
+    """
 
     step: int = 0
     images_seen: int = 0
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
     wall_seconds: float = 0.0
+    energy_joules: float | None = 0.0
     best_validation: float | None = None
     best_step: int = 0
     losses: list[float] = field(default_factory=list)

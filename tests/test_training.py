@@ -341,6 +341,47 @@ def test_a_machine_about_to_leave_gets_a_checkpoint_and_the_fit_goes_on(tmp_path
     assert store.steps() == [8, 20]
 
 
+class OneGPU(Parallel):
+    """A CPU that passes for a GPU where energy is counted."""
+
+    num_gpus = 1
+
+
+def test_energy_is_that_of_all_starts_and_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter(float(10 * i * i) for i in range(100))  # 10 (2 i + 1) joules between the i-th and the next
+    monkeypatch.setattr("raysyn.training_run.gpu_energy_joules", lambda index: next(readings))
+    parallel = OneGPU(all_reduce=lambda value: 2 * value)  # two ranks alike
+    state, objective = make()
+    stop = Hooks(should_stop=lambda: state.progress.step == 7)
+    assert not run(state, objective, CONFIG, store_at(tmp_path), parallel, stop)
+    first = state.progress.energy_joules
+    assert first is not None
+    assert first > 0
+    again, objective = make()
+    said: list[float] = []
+    hooks = Hooks(
+        log=lambda metrics, step: said.extend([metrics["cost/energy_joules"]] if "train/loss" in metrics else [])
+    )
+    assert run(again, objective, CONFIG, store_at(tmp_path), parallel, hooks)
+    assert next(readings) > 0
+    last = again.progress.energy_joules
+    assert last == said[-1]
+    assert said == sorted(said)
+    assert said[0] > first
+
+
+@pytest.mark.parametrize("reading", [None, 5.0])
+def test_energy_that_nobody_tells_is_unknown(
+    reading: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([5.0, reading, *[7.0] * 50])
+    monkeypatch.setattr("raysyn.training_run.gpu_energy_joules", lambda index: next(readings))
+    state, objective = make()
+    assert run(state, objective, CONFIG, store_at(tmp_path), OneGPU())
+    assert state.progress.energy_joules == (None if reading is None else 2.0)
+    assert fitted(CONFIG, tmp_path / "cpu").progress.energy_joules is None
+
+
 def test_dropout_is_drawn_by_step_so_that_a_resume_repeats_it(tmp_path: Path) -> None:
     def with_dropout() -> tuple[TrainState, Objective]:
         objective = Objective()

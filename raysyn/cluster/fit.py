@@ -22,6 +22,9 @@ from raysyn.types import Outcome, Resumable, UserError
 log = logging.getLogger("raysyn.fit")
 
 FIT_VERSION = 1  # of what decides a fitted model
+# Files in the stage's folder by which driver and workers talk:
+STOP = "stop"  # while it is there, workers write a checkpoint and end
+BAD_INPUT = "bad_input"  # what is wrong, as one rank of several found it
 GRACE_SECONDS = 25.0  # to write a checkpoint after SIGTERM; Kubernetes kills after 30
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end of a short fit is seen sooner
@@ -155,7 +158,8 @@ def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencod
     size = sum(resident_bytes(frames, split, config.data.image_size) for split in splits)
     check_resident(size, config.workers, "the frames")
     stage.storage.clean_temporaries()
-    stage.storage.remove("stop")
+    for mark in (STOP, BAD_INPUT):
+        stage.storage.remove(mark)
     job = {
         "config": config,
         "what": what,
@@ -210,10 +214,12 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
             pass
     except (Resumable, KeyboardInterrupt):
         # Ask the workers for a checkpoint and give them the grace period to write it.
-        stage.storage.write_atomic("stop", b"")
+        stage.storage.write_atomic(STOP, b"")
         ended.wait(GRACE_SECONDS)
         raise
     if "error" in outcome:
+        if stage.storage.exists(BAD_INPUT):
+            raise UserError(stage.storage.read_bytes(BAD_INPUT).decode()) from outcome["error"]
         raise outcome["error"]
     report: dict[str, Any] = outcome["report"]
     return report

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raysyn.cluster.board import reporter
+from raysyn.cluster.fit import BAD_INPUT, STOP
 from raysyn.cluster.fit_build import Built, WorkerJob, build
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
 from raysyn.cluster.metrics_export import count
@@ -35,23 +36,25 @@ from raysyn.types import UserError
 
 log = logging.getLogger("raysyn.fit")
 
-STOP = "stop"  # while this file lies in the stage's folder, workers write a checkpoint and end
-
 
 def fit_worker(job: WorkerJob) -> dict[str, Any]:
     """One rank of a fit. Returns {"status": done | stopped | diverged | bad_input, …}; rank 0's is what counts.
 
-    Bad input and divergence are returned, not raised: Ray would start the worker again to meet the same.
+    Bad input and divergence are returned, not raised: Ray would start the worker again to meet the same. One rank of
+    several writes its bad input down and raises, as the others may be waiting for it: all find it when started again.
     """
     import ray.train
 
     torch.set_num_threads(job.config.workers.threads_per_worker)
-    parallel = _parallel(ray.train.get_context())
+    parallel, storage = _parallel(ray.train.get_context()), Storage.at(job.stage)
+    if storage.exists(BAD_INPUT):
+        return {"status": "bad_input", "message": storage.read_bytes(BAD_INPUT).decode()}
     try:
         return _fit(job, parallel)
     except UserError as error:
         if parallel.world_size > 1:
-            raise  # other ranks may be waiting for this one
+            storage.write_atomic(BAD_INPUT, str(error).encode())
+            raise
         return {"status": "bad_input", "message": str(error)}
     except Diverged as error:
         return {"status": "diverged", "message": str(error)}
@@ -59,13 +62,17 @@ def fit_worker(job: WorkerJob) -> dict[str, Any]:
 
 def _parallel(context: Any) -> Parallel:
     """The adapter from Ray Train's worker group to the loop's `Parallel`."""
-    rank, size = context.get_world_rank(), context.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         from ray.train.torch import get_device
 
         device = get_device()
         torch.cuda.set_device(device)
+    return parallel_of(context.get_world_rank(), context.get_world_size(), device)
+
+
+def parallel_of(rank: int, size: int, device: torch.device) -> Parallel:
+    """One rank of `size` that exchanges gradients by DDP over torch's process group, which is there if size > 1."""
     if size == 1:
         return Parallel(device=device)
     import torch.distributed as dist
@@ -195,7 +202,7 @@ def _save(
 ) -> dict[str, Any]:
     """Write the model folder and the loss curves; returns the stage's manifest entries.
 
-    Peaks and energy (what NVML tells of rank 0's GPU) are `cost`'s, since the worker's last start.
+    Peaks are `cost`'s, since the worker's last start; the rest counts all ranks and survives restarts.
     """
     progress = state.progress
     facts: dict[str, Any] = {
@@ -212,7 +219,7 @@ def _save(
         "train_wall_seconds": round(progress.wall_seconds, 3),
         "peak_memory_mb": round(cost.peak_memory_mb),
         "peak_gpu_memory_mb": round(cost.peak_gpu_memory_mb),
-        "energy_joules": cost.energy_joules,
+        "energy_joules": progress.energy_joules,
     }
     facts |= _perceptual(built)
     with tempfile.TemporaryDirectory() as temporary:

@@ -103,17 +103,24 @@ def _wait_for_gpu() -> float:
     return float(torch.cuda.max_memory_allocated()) / 2**20
 
 
-def gpu_energy_joules() -> float | None:
-    """Energy that the visible GPUs have used since their driver was loaded; None where NVML does not tell."""
-    import pynvml
+def gpu_energy_joules(index: int | None = None) -> float | None:
+    """Energy that the visible GPUs, or that number `index` of them, used since their driver was loaded.
 
+    None where NVML does not tell.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in _visible_gpus(pynvml.nvmlDeviceGetCount())]
-        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in handles) / 1000
+        visible = _visible_gpus(pynvml.nvmlDeviceGetCount())
+        chosen = visible if index is None else visible[index : index + 1]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in chosen]
+        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in handles) / 1000 if handles else None
     except pynvml.NVMLError:
         return None
     finally:

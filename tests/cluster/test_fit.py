@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from raysyn.cluster.fit import check, fit, fit_fingerprint
 from raysyn.cluster.fit_data import collect, frame_dataset, in_order, read_directly
-from raysyn.cluster.inputs import frames_uri, prepare
+from raysyn.cluster.inputs import frames_uri, prepare, prepare_fingerprint
 from raysyn.cluster.session import ray_session
 from raysyn.compose import load_job
 from raysyn.config import FitJob, PrepareJob, RayConfig
@@ -102,6 +104,28 @@ def test_two_workers_with_ray_data_give_the_same_loss_curve(storage: Path, pixel
     assert two.fingerprint == pixel.fingerprint
     assert np.allclose(losses_of(pixel), losses_of(two), rtol=0, atol=1e-4)
     assert two.manifest["validation_loss"] == pytest.approx(pixel.manifest["validation_loss"], abs=1e-4)
+
+
+@pytest.mark.cluster
+def test_what_one_rank_of_two_cannot_do_is_one_line_and_the_fit_goes_on_later(
+    storage: Path, pixel: Outcome, tmp_path: Path
+) -> None:
+    """Rank 0 alone meets the full disk; the other waits for it. No retry after retry, and no fault: bad input."""
+    config = job(tmp_path, "model=edm", "workers.num_workers=2", "workers.max_failures=3")
+    prepare(prepare_job(config))
+    stage = tmp_path / "fit" / fit_fingerprint(config, prepare_fingerprint(config))
+    place = stage / "checkpoints"
+    place.mkdir(parents=True)
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)]).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        with pytest.raises(UserError, match=r"no space left"):
+            fit(config)
+        assert not (stage / "manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=50m", str(place)], check=True)
+        assert np.allclose(losses_of(pixel), losses_of(fit(config)), rtol=0, atol=1e-4)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.cluster

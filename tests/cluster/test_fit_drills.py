@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from benchmarks.ray_overhead import bare_fit
 from raysyn.cluster.fit import fit, fit_fingerprint
 from raysyn.cluster.inputs import prepare, prepare_fingerprint
 from raysyn.cluster.session import ray_session
@@ -66,24 +66,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The loss curve of the same fit without Ray and without a disturbance."""
-    from raysyn.cluster.fit_build import WorkerJob, build
-    from raysyn.data.storage import Storage
-    from raysyn.diffusion.ema import EMA
-    from raysyn.training import Parallel, build_optimizer
-    from raysyn.training_run import run
-    from raysyn.training_state import CheckpointStore, TrainState
-
-    torch.set_num_threads(1)
     config = config_at(prepared)
-    path = tmp_path_factory.mktemp("undisturbed")
     frames = f"{prepared}/prepare/{prepare_fingerprint(config)}"
-    job = WorkerJob(config, "diffusion", "key", str(path), frames)
-    built = build(job, Parallel())
-    model = built.objective.model
-    state = TrainState(model, build_optimizer(model, job.fit), EMA(model, job.fit.ema_half_life_images))
-    assert run(state, built.objective, job.fit, CheckpointStore(Storage.at(path), "key", 2))
-    assert len(state.progress.losses) == STEPS
-    return {"loss": state.progress.losses, "validation": state.progress.validations}
+    progress = bare_fit(config, frames, tmp_path_factory.mktemp("undisturbed"))
+    assert len(progress.losses) == STEPS
+    return {"loss": progress.losses, "validation": progress.validations}
 
 
 def own_storage(prepared: Path, path: Path) -> Path:
@@ -174,11 +161,57 @@ def test_kill_of_worker_and_of_controller(prepared: Path, undisturbed: dict[str,
     assert done.manifest["images_seen"] == 4 * STEPS
 
 
-def start_job(storage: Path, log: Path) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_TRAIN")}
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_node_that_is_reclaimed_leaves_a_checkpoint_first(prepared: Path, tmp_path: Path) -> None:
+    """A spot node of two is drained with notice: a checkpoint is written upon it, and the other node goes on."""
+    from ray._raylet import GcsClient
+    from ray.cluster_utils import Cluster
+    from ray.core.generated import autoscaler_pb2
+
+    storage, log = own_storage(prepared, tmp_path), tmp_path / "log"
+    steps, every = 240, 50
+    own = [f"model.fit.num_images={4 * steps}", f"model.fit.checkpoint_every_steps={every}", "model.fit.lr=1e-4"]
+    own += ["model.fit.keep_checkpoints=50", "model.fit.log_every_steps=7", "model.fit.num_validation_images=0"]
+    own += ["workers.cpus_per_worker=1", "workers.num_workers=2", "workers.min_workers=1"]
+    config: FitJob = load_job("fit", [*OVERRIDES, *own, f"storage={storage}"])
+    frames = f"{storage}/prepare/{prepare_fingerprint(config)}"
+    stage = storage / "fit" / fit_fingerprint(config, prepare_fingerprint(config))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+    driver = None
+    try:
+        node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+        settings = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+        driver = start_job(storage, log, *own, **settings)
+        wait_until(lambda: newest_step(stage) >= every, "a checkpoint", lambda: driver.poll() is None)
+        deadline_ms = int(1000 * (time.time() + 20))
+        drain = GcsClient(address=cluster.address).drain_node
+        assert drain(node.node_id, autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION, "reclaimed", deadline_ms)[0]
+        # Logged each 7 steps, kept each 50: a step that is no multiple of 50 was kept upon the notice.
+        wait_until(lambda: newest_step(stage) % every, "a checkpoint upon the notice", lambda: driver.poll() is None)
+        kept = newest_step(stage)
+        mark = json.loads((stage / "checkpoints" / f"step-{kept:09d}" / "checkpoint.json").read_text())
+        assert mark["num_workers"] == 2
+        cluster.remove_node(node, allow_graceful=False)  # its time is up
+        assert driver.wait(PATIENCE) == 0, log.read_text()
+    finally:
+        if driver is not None and driver.poll() is None:
+            driver.kill()
+        cluster.shutdown()
+    history = json.loads((stage / "history.json").read_text())
+    expected = bare_fit(config, frames, tmp_path / "undisturbed").losses
+    assert len(history["loss"]) == steps
+    assert np.allclose(history["loss"], expected, rtol=0, atol=1e-4)
+
+
+def start_job(storage: Path, log: Path, *overrides: str, **settings: str) -> subprocess.Popen:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_TRAIN")}
+    if "RAY_ADDRESS" in settings:  # a Ray of this process: its token is ours
+        kept |= {k: v for k, v in os.environ.items() if k.startswith("RAY_AUTH")}
+    environment = kept | settings
     with log.open("ab") as sink:
         return subprocess.Popen(
-            [sys.executable, "jobs/fit.py", *OVERRIDES, f"storage={storage}"],
+            [sys.executable, "jobs/fit.py", *OVERRIDES, *overrides, f"storage={storage}"],
             cwd=ROOT,
             env=environment,
             stdout=sink,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.ray_overhead import bare_fit
 from raysyn.cluster.fit import fit_fingerprint
 from raysyn.cluster.inputs import prepare_fingerprint
 from raysyn.compose import load_job
@@ -39,28 +40,11 @@ OVERRIDES = [
 pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.slow]
 
 
-def undisturbed(config: FitJob, frames: str, folder: Path) -> list[float]:
-    """The losses of the same fit in this process, without Ray."""
-    import torch
-
-    from raysyn.cluster.fit_build import WorkerJob, build
-    from raysyn.diffusion.ema import EMA
-    from raysyn.training import Parallel, build_optimizer
-    from raysyn.training_run import run
-    from raysyn.training_state import CheckpointStore, TrainState
-
-    torch.set_num_threads(1)
-    job = WorkerJob(config, "diffusion", "key", str(folder), frames)
-    built = build(job, Parallel())
-    model = built.objective.model
-    state = TrainState(model, build_optimizer(model, job.fit), EMA(model, job.fit.ema_half_life_images))
-    assert run(state, built.objective, job.fit, CheckpointStore(Storage.at(folder), "key", 2))
-    return state.progress.losses
-
-
-def newest_step(stage: Storage) -> int:
-    marks = [n for n in stage.list("checkpoints") if n.endswith("checkpoint.json")]
-    return max((int(n.split("/")[-2].removeprefix("step-")) for n in marks), default=0)
+def newest(stage: Storage) -> tuple[int, int]:
+    """Step of the newest checkpoint and the number of ranks that made it; one CPU a host means one rank a host."""
+    marks = sorted(n for n in stage.list("checkpoints") if n.endswith("checkpoint.json"))
+    mark = stage.read_json(marks[-1]) if marks else {"step": 0, "num_workers": 0}
+    return mark["step"], mark["num_workers"]
 
 
 @pytest.mark.timeout(1500)
@@ -70,16 +54,18 @@ def test_a_fit_whose_worker_host_is_cut_off(hosts: Any, tmp_path: Path) -> None:
     stage = Storage.at(hosts.storage).join("fit", key)
     arguments = [str(ROOT / "jobs" / "fit.py"), *OVERRIDES, f"storage={hosts.storage}"]
     driver = hosts.run("head", sys.executable, *arguments, RAY_ADDRESS=hosts.address)
-    hosts.wait_until(lambda: newest_step(stage) >= 6 or driver.poll() is not None, "a checkpoint")
+    hosts.wait_until(lambda: newest(stage)[0] >= 6 or driver.poll() is not None, "a checkpoint")
     assert driver.poll() is None, hosts.said()
     hosts.link("down")
-    lost, reached = time.monotonic(), newest_step(stage)
+    lost, (reached, ranks) = time.monotonic(), newest(stage)
     assert reached < STEPS
+    assert ranks == 2, "the host that was cut off had a rank"
     driver.wait(timeout=900)
     print(f"cut at step {reached} of {STEPS}, done {time.monotonic() - lost:.0f} s later")
     assert driver.returncode == 0, hosts.said()
+    assert newest(stage) == (STEPS, 1)
     losses = stage.read_json("history.json")["loss"]
     prepared = Storage.at(hosts.storage).join("prepare", prepare_fingerprint(config)).uri
-    expected = undisturbed(config, prepared, tmp_path)
+    expected = bare_fit(config, prepared, tmp_path).losses
     assert len(losses) == len(expected) == STEPS
     assert np.allclose(losses, expected, rtol=0, atol=1e-4)

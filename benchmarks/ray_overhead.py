@@ -1,0 +1,174 @@
+"""What Ray adds: rows (d) and (e) of `make bench`; alone, `python -m benchmarks.ray_overhead` renews just these rows.
+
+(d) a step of a fit under Ray Train against the same loop in two bare processes, and an image drawn by one actor against
+the same shard writer in a bare process; (e) two actors against one. Demo sizes, one thread a process, phantom frames.
+Both sides write the same files, so the clock is their modification times, from when all processes are up until the
+first of them has nothing left.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raysyn.cluster.fit import fit
+from raysyn.cluster.inputs import prepare_fingerprint
+from raysyn.cluster.session import ray_session
+from raysyn.cluster.synthesize import make_spec, synthesize
+from raysyn.compose import load_job
+from raysyn.config import FitJob, SynthesizeJob
+from raysyn.training_state import Progress
+
+ROUNDS, STEPS, EVERY, SHARD_SIZE = 5, 100, 10, 64
+COMMON = [
+    "scale=demo",
+    "model=edm",
+    "data.num_train_patients=30",
+    "data.num_validation_patients=2",
+    "data.num_test_patients=2",
+    "workers.threads_per_worker=1",
+    "tracking.enabled=false",
+]
+FIT = [
+    f"model.fit.num_images={24 * STEPS}",
+    "model.fit.num_validation_images=0",
+    f"model.fit.checkpoint_every_steps={EVERY}",
+    "model.fit.keep_checkpoints=1000",
+    "model.fit.sample_every_steps=100000",
+]
+
+
+def bare_fit(config: FitJob, frames: str, folder: Path, rank: int = 0, size: int = 1, port: int = 0) -> Progress:
+    """The diffusion model's fit of `config` on the frame set `frames` without Ray, one rank of `size`; checkpoints go
+    into `folder`. With several ranks they meet at `port`."""
+    import torch
+    import torch.distributed as dist
+
+    from raysyn.cluster.fit_build import WorkerJob, build
+    from raysyn.cluster.fit_worker import parallel_of
+    from raysyn.data.storage import Storage
+    from raysyn.diffusion.ema import EMA
+    from raysyn.training import build_optimizer
+    from raysyn.training_run import run
+    from raysyn.training_state import CheckpointStore, TrainState
+
+    torch.set_num_threads(config.workers.threads_per_worker)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    parallel = parallel_of(rank, size, torch.device("cpu"))
+    job = WorkerJob(config, "diffusion", "key", str(folder), frames)
+    built = build(job, parallel)
+    model = built.objective.model
+    state = TrainState(model, build_optimizer(model, job.fit), EMA(model, job.fit.ema_half_life_images))
+    store = CheckpointStore(Storage.at(folder).join("checkpoints"), "key", job.fit.keep_checkpoints)
+    assert run(state, built.objective, job.fit, store, parallel)
+    if size > 1:
+        dist.destroy_process_group()
+    return state.progress
+
+
+def _apart(function: Callable[..., Any], *arguments: tuple[Any, ...]) -> None:
+    """Run `function` once for each of `arguments`, in fresh processes side by side."""
+    processes = [multiprocessing.get_context("spawn").Process(target=function, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, f"{function.__name__} ended with {process.exitcode}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def seconds_per_step(folder: Path) -> float:
+    """From the times of a fit's checkpoints, the first two left out: the processes warm up."""
+    marks = sorted((folder / "checkpoints").glob("step-*/checkpoint.json"))
+    times = [m.stat().st_mtime for m in marks][2:]
+    return (times[-1] - times[0]) / ((len(times) - 1) * EVERY)
+
+
+def seconds_per_image(folder: Path, actors: int) -> float:
+    """From the times of a data set's shards: after every actor's first until one has no next."""
+    times = sorted(p.stat().st_mtime for p in folder.rglob("*.parquet"))
+    inner = times[actors - 1 : len(times) - actors + 1]
+    return (inner[-1] - inner[0]) / ((len(inner) - 1) * SHARD_SIZE)
+
+
+def step_of_a_fit(storage: Path, number: int) -> tuple[float, float]:
+    """(seconds a step under Ray Train, in bare processes) with two workers."""
+    overrides = [*COMMON, *FIT, f"model.fit.seed={number}", "workers.num_workers=2", f"storage={storage}"]
+    config: FitJob = load_job("fit", overrides)
+    with ray_session(config.ray):
+        by_ray = seconds_per_step(Path(fit(config).path))
+    frames, folder, port = _frames(config), storage / f"bare-{number}", _free_port()
+    _apart(bare_fit, *[(config, frames, folder, rank, 2, port) for rank in (0, 1)])
+    return by_ray, seconds_per_step(folder)
+
+
+def _frames(config: FitJob | SynthesizeJob) -> str:
+    return f"{config.storage}/prepare/{prepare_fingerprint(config)}"
+
+
+def bare_writer(config: SynthesizeJob, model_dir: str, frames: str, folder: Path) -> None:
+    """Draw the data set of `config` in this process: the actor's class, nobody who sends it shards."""
+    import dataclasses
+
+    import numpy as np
+
+    from raysyn.cluster.sampler_actor import ShardWriter
+
+    spec = make_spec(config, model_dir, frames, prepare_fingerprint(config))
+    writer = ShardWriter(dataclasses.replace(spec, output=str(folder)))
+    for shard in spec.plan.shards():
+        writer({key: np.array([value]) for key, value in dataclasses.asdict(shard).items()})
+
+
+def image_of_a_set(storage: Path, model_dir: str, number: int) -> tuple[float, float, float]:
+    """(seconds an image by two actors, by one, in a bare process)."""
+    own = ["synthesize.mask_splits=[train]", "synthesize.num_warps=8", f"synthesize.shard_size={SHARD_SIZE}"]
+    own += [f"synthesize.seed={number}", f"model_dir={model_dir}"]
+    seconds = []
+    for actors in (2, 1):
+        place = storage / f"actors-{actors}"
+        config: SynthesizeJob = load_job(
+            "synthesize", [*COMMON, *own, f"workers.num_workers={actors}", f"storage={place}"]
+        )
+        with ray_session(config.ray):
+            seconds.append(seconds_per_image(Path(synthesize(config).path), actors))
+    folder = storage / f"bare-set-{number}"
+    _apart(bare_writer, (config, model_dir, _frames(config), folder))
+    return seconds[0], seconds[1], seconds_per_image(folder, 1)
+
+
+def rows() -> list[list[Any]]:
+    """Rows of cpu.csv: name, size, ratios, seconds of the first, seconds of the second."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        storage = Path(temporary)
+        steps = [step_of_a_fit(storage, number) for number in range(ROUNDS)]
+        model_dir = str(next((storage / "fit").iterdir()) / "model")
+        images = [image_of_a_set(storage, model_dir, number) for number in range(ROUNDS)]
+    two, one, bare = zip(*images)
+    return [
+        _row("a step under Ray Train against the bare loop: edm, 2 workers", *zip(*steps)),
+        _row("an image by one actor against the bare loop: edm, dpmpp_2m 3", one, bare),
+        _row("images by two actors against one: edm, dpmpp_2m 3", one, two),
+    ]
+
+
+def _row(name: str, other: tuple[float, ...], ours: tuple[float, ...]) -> list[Any]:
+    ratios = [a / b for a, b in zip(other, ours)]
+    return [name, 64, ratios, statistics.median(ours), statistics.median(other)]
+
+
+if __name__ == "__main__":
+    from benchmarks.cpu import write_rows
+
+    write_rows(rows(), renew=False)
