@@ -77,7 +77,7 @@ def _timm(backbone: str, weights: Path) -> Extractor:
     import timm
 
     net = timm.create_model(backbone, num_classes=0, pretrained=False)
-    state = torch.load(weights, map_location="cpu", weights_only=True)
+    state = _state_dict(weights)
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own):
@@ -98,13 +98,30 @@ def _timm(backbone: str, weights: Path) -> Extractor:
 def _inception(weights: Path) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
+    _state_dict(weights)  # torch-fidelity itself would run what code the file holds
+    try:
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
+    except RuntimeError as error:
+        raise UserError(
+            f"extractor: {weights} does not hold torch-fidelity's Inception ({str(error).splitlines()[0]})"
+        ) from None
 
     def prepare(x: Tensor) -> Tensor:
         return (x * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)
 
     words = "grey repeated to RGB uint8, resized to 299 by torch-fidelity (TF1's bilinear)"
     return Extractor("inception", net.eval(), prepare, _file_sha256(weights), words)
+
+
+def _state_dict(weights: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file. Raises UserError for anything else, without running it."""
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for what is no such file
+        raise UserError(f"extractor: {weights} is not a file of weights ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"extractor: {weights} holds no state dict")
+    return state
 
 
 def _file_sha256(path: Path) -> str:

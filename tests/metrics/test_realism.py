@@ -181,3 +181,57 @@ def test_a_timm_backbone_with_given_weights(tmp_path) -> None:
     extractor = open_extractor(f"test_resnet={tmp_path / 'w.pt'}")
     assert extractor.name == "test_resnet"
     assert extractor.features(np.zeros((3, 64, 64), np.uint8)).shape[0] == 3
+
+
+@pytest.fixture
+def inception_weights(tmp_path, monkeypatch):
+    """A file in the published weights' format; the values are random, as the true ones cannot be had offline."""
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    torch.save({}, tmp_path / "nothing.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        net = FeatureExtractorInceptionV3(
+            "made", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth")
+        )
+    torch.save(net.state_dict(), tmp_path / "inception.pth")
+    return tmp_path / "inception.pth"
+
+
+def test_inception_by_its_weights_file_is_torch_fidelitys(inception_weights, sets) -> None:
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    extractor = open_extractor(f"inception={inception_weights}")
+    assert extractor.name == "inception"
+    images = sets[0].image_u8[:2]
+    net = FeatureExtractorInceptionV3("own", ["2048"], feature_extractor_weights_path=str(inception_weights))
+    own = net(torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1))[0]
+    features = extractor.features(images)
+    assert features.shape == (2, 2048)
+    assert np.allclose(features, own.numpy(), rtol=1e-3, atol=1e-4)
+    assert np.abs(features[0] - features[1]).max() > 0
+
+
+class Intruder:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_weights_file_that_is_none_is_refused_and_not_run(tmp_path) -> None:
+    import torch
+
+    torch.save({"a": Intruder(tmp_path / "ran")}, tmp_path / "bad.pth")
+    (tmp_path / "noise.pth").write_bytes(b"no weights" * 50)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, why in (("bad", "not a file of weights"), ("noise", "not a file of weights"), ("other", "does not hold")):
+        with pytest.raises(UserError, match=why):
+            open_extractor(f"inception={tmp_path / name}.pth")
+    assert not (tmp_path / "ran").exists()
