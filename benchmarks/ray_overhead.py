@@ -1,4 +1,4 @@
-"""What Ray adds: rows (d) and (e) of `make bench`; alone, `python -m benchmarks.ray_overhead` renews just these rows.
+"""What Ray adds: rows (d) and (e) of `make bench`; alone, `python -m benchmarks.ray_overhead [fit synthesis]` renews them.
 
 (d) a step of a fit under Ray Train against the same loop in two bare processes, and an image drawn by one actor against
 the same shard writer in a bare process; (e) two actors against one. Demo sizes, one thread a process, phantom frames.
@@ -8,9 +8,11 @@ first of them has nothing left.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import socket
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -88,11 +90,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def seconds_per_step(folder: Path) -> float:
-    """From the times of a fit's checkpoints, the first two left out: the processes warm up."""
-    marks = sorted((folder / "checkpoints").glob("step-*/checkpoint.json"))
-    times = [m.stat().st_mtime for m in marks][2:]
-    return (times[-1] - times[0]) / ((len(times) - 1) * EVERY)
+def seconds_per_step(folder: Path) -> tuple[float, float]:
+    """(by the clock, CPU seconds of all ranks) from a fit's checkpoints, the first two left out: the processes warm up."""
+    marks = sorted((folder / "checkpoints").glob("step-*/checkpoint.json"))[2:]
+    steps = (len(marks) - 1) * EVERY
+    wall = marks[-1].stat().st_mtime - marks[0].stat().st_mtime
+    cpu = [json.loads(m.read_text())["progress"]["cpu_seconds"] for m in (marks[0], marks[-1])]
+    return wall / steps, (cpu[1] - cpu[0]) / steps
 
 
 def seconds_per_image(folder: Path, actors: int) -> float:
@@ -102,15 +106,15 @@ def seconds_per_image(folder: Path, actors: int) -> float:
     return (inner[-1] - inner[0]) / ((len(inner) - 1) * SHARD_SIZE)
 
 
-def step_of_a_fit(storage: Path, number: int) -> tuple[float, float]:
-    """(seconds a step under Ray Train, in bare processes) with two workers."""
+def step_of_a_fit(storage: Path, number: int) -> tuple[float, float, float, float]:
+    """(seconds a step under Ray Train, CPU seconds, the same two in bare processes) with two workers."""
     overrides = [*COMMON, *FIT, f"model.fit.seed={number}", "workers.num_workers=2", f"storage={storage}"]
     config: FitJob = load_job("fit", overrides)
     with ray_session(config.ray):
         by_ray = seconds_per_step(Path(fit(config).path))
     frames, folder, port = _frames(config), storage / f"bare-{number}", _free_port()
     _apart(bare_fit, *[(config, frames, folder, rank, 2, port) for rank in (0, 1)])
-    return by_ray, seconds_per_step(folder)
+    return *by_ray, *seconds_per_step(folder)
 
 
 def _frames(config: FitJob | SynthesizeJob) -> str:
@@ -148,19 +152,24 @@ def image_of_a_set(storage: Path, model_dir: str, number: int) -> tuple[float, f
     return seconds[0], seconds[1], seconds_per_image(folder, 1)
 
 
-def rows() -> list[list[Any]]:
+def rows(what: tuple[str, ...] = ("fit", "synthesis")) -> list[list[Any]]:
     """Rows of cpu.csv: name, size, ratios, seconds of the first, seconds of the second."""
+    made = []
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         storage = Path(temporary)
-        steps = [step_of_a_fit(storage, number) for number in range(ROUNDS)]
-        model_dir = str(next((storage / "fit").iterdir()) / "model")
-        images = [image_of_a_set(storage, model_dir, number) for number in range(ROUNDS)]
-    two, one, bare = zip(*images)
-    return [
-        _row("a step under Ray Train against the bare loop: edm, 2 workers", *zip(*steps)),
-        _row("an image by one actor against the bare loop: edm, dpmpp_2m 3", one, bare),
-        _row("images by two actors against one: edm, dpmpp_2m 3", one, two),
-    ]
+        rounds = range(ROUNDS if "fit" in what else 1)
+        wall, cpu, bare_wall, bare_cpu = zip(*[step_of_a_fit(storage, number) for number in rounds])
+        if "fit" in what:
+            name = "a step under Ray Train against the bare loop: edm, 2 workers"
+            made += [_row(name, wall, bare_wall), _row(f"{name}, their CPU seconds", cpu, bare_cpu)]
+        if "synthesis" in what:
+            model_dir = str(next((storage / "fit").iterdir()) / "model")
+            two, one, bare = zip(*[image_of_a_set(storage, model_dir, number) for number in range(ROUNDS)])
+            made += [
+                _row("an image by one actor against the bare loop: edm, dpmpp_2m 3", one, bare),
+                _row("images by two actors against one: edm, dpmpp_2m 3", one, two),
+            ]
+    return made
 
 
 def _row(name: str, other: tuple[float, ...], ours: tuple[float, ...]) -> list[Any]:
@@ -171,4 +180,4 @@ def _row(name: str, other: tuple[float, ...], ours: tuple[float, ...]) -> list[A
 if __name__ == "__main__":
     from benchmarks.cpu import write_rows
 
-    write_rows(rows(), renew=False)
+    write_rows(rows(tuple(sys.argv[1:]) or ("fit", "synthesis")), renew=False)

@@ -27,7 +27,7 @@ STOP = "stop"  # while it is there, workers write a checkpoint and end
 BAD_INPUT = "bad_input"  # what is wrong, as one rank of several found it
 GRACE_SECONDS = 25.0  # to write a checkpoint after SIGTERM; Kubernetes kills after 30
 TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end of a short fit is seen sooner
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # the end of a short fit is seen sooner
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }

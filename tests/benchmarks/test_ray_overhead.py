@@ -1,5 +1,6 @@
 """Seconds a step and an image from the times of files whose times are known."""
 
+import json
 import os
 from pathlib import Path
 
@@ -16,8 +17,11 @@ def touch(path: Path, seconds: float) -> None:
 
 def test_a_step_is_timed_after_the_first_two_checkpoints(tmp_path: Path) -> None:
     for i, seconds in enumerate([0, 90, 100, 120, 140]):  # a slow start, then 20 s a checkpoint
-        touch(tmp_path / "checkpoints" / f"step-{i:09d}" / "checkpoint.json", seconds)
-    assert seconds_per_step(tmp_path) == pytest.approx(20 / EVERY)
+        mark = tmp_path / "checkpoints" / f"step-{i:09d}" / "checkpoint.json"
+        touch(mark, 0)
+        mark.write_text(json.dumps({"progress": {"cpu_seconds": 7.0 * i}}))
+        touch(mark, seconds)
+    assert seconds_per_step(tmp_path) == pytest.approx((20 / EVERY, 7 / EVERY))
 
 
 @pytest.mark.parametrize("actors", [1, 2])
