@@ -348,6 +348,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         _one_of(self, scheduler=("none", "asha", "median"))
         _within(self, num_trials=(1, 1e6), max_concurrent=(1, 1e5), num_refits=(0, 1000))
+        _within(self, pruning_grace_epochs=(1, 1e6))
         if self.objectives not in (["score"], ["score", "cost"]):
             raise UserError(f"objectives: {self.objectives} is neither [score] nor [score, cost]")
 

@@ -130,8 +130,13 @@ def save_model(
     config: ModelConfig,
     image_size: int,
     facts: Mapping[str, Any] | None = None,
+    patients: Sequence[str] = (),
 ) -> str:
-    """Write a model folder (local) with averaged and raw weights; returns its checkpoint sha256. `facts` fill the card."""
+    """Write a model folder (local) with averaged and raw weights; returns its checkpoint sha256.
+
+    `facts` fill the card; `patients`, those it was fitted and validated on, travel with it, so that a task can be
+    refused to test on them.
+    """
     folder = Path(folder)
     unet.save_pretrained(folder / "unet")
     raw_unet.save_pretrained(folder / "unet_raw")
@@ -144,7 +149,9 @@ def save_model(
     (folder / "model_index.json").write_text(json.dumps({**index, "settings": settings}, indent=2))
     sha256 = weights_sha256(folder)
     (folder / "README.md").write_text(model_card(config, image_size, sha256, facts or {}))
-    (folder / "model.json").write_text(json.dumps({**settings, "checkpoint_sha256": sha256}, indent=2))
+    (folder / "model.json").write_text(
+        json.dumps({**settings, "checkpoint_sha256": sha256, "patients": list(patients)}, indent=2)
+    )
     return sha256
 
 

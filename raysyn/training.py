@@ -162,7 +162,7 @@ def train(
         start, cpu, stalled = time.perf_counter(), time.process_time(), 0.0
         for micro_batches in batches:
             step = state.progress.step
-            torch.manual_seed(torch_seed(config.seed, parallel.rank, step))  # dropout is all that draws from it
+            torch.manual_seed(torch_seed(config.seed, parallel.rank, step))  # for what draws without a seed of its own
             lr = learning_rate(config, state.progress.images_seen)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr

@@ -97,6 +97,8 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, batch: Batch) -> SampleLosses:
         assert batch.uniform is not None
+        net: Any = self.denoiser.net
+        net.dropout_seeds = torch.tensor(batch.seeds, device=batch.index.device) if net.training else None
         report = diffusion_loss(
             self.denoiser,
             self._clean(batch),

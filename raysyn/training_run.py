@@ -85,6 +85,7 @@ def _run_once(
             window = _Window(config.global_batch)
         if (last or step % config.validate_every_steps == 0) and objective.num_validation:
             hooks.log({"validation/loss": _validated(state, objective, config, parallel)}, step)
+            due = due or state.progress.best_step == step  # the best is a checkpoint to keep
         if due:
             _save(state, store, parallel)
         if (last or step % config.sample_every_steps == 0) and not report.stop:
@@ -150,9 +151,7 @@ def validation_loss(state: TrainState, objective: Objective, config: FitConfig, 
 def _validated(state: TrainState, objective: Objective, config: FitConfig, parallel: Parallel) -> float:
     loss, progress = validation_loss(state, objective, config, parallel), state.progress
     progress.validations.append((progress.step, loss))
-    # The best is a checkpoint to keep: only a step that gets one can be it.
-    kept = progress.step == config.num_steps or progress.step % config.checkpoint_every_steps == 0
-    if kept and (progress.best_validation is None or loss < progress.best_validation):
+    if progress.best_validation is None or loss < progress.best_validation:
         progress.best_validation, progress.best_step = loss, progress.step
     return loss
 

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """Bad input: one clear line that names the file or key and what to do. A job ends with exit code 2."""
 
 
+class Fault(RuntimeError):
+    """What went wrong in the work itself, told whole by its message: a job prints that line and ends with exit code 1."""
+
+
 class Resumable(RuntimeError):
     """Work stopped early on request (SIGTERM, Ctrl-C) in a state from which the same command goes on."""
 

@@ -215,6 +215,16 @@ def test_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder_of(10), folder_of(20)]
 
 
+def test_the_best_validation_gets_a_checkpoint_whatever_the_periods(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, checkpoint_every_steps=9, validate_every_steps=7, keep_checkpoints=1)
+    state, objective = make(config)
+    assert run(state, objective, config, store_at(tmp_path, keep=1))
+    best = min(state.progress.validations, key=lambda entry: entry[1])
+    assert (state.progress.best_step, state.progress.best_validation) == best
+    assert [s for s, _ in state.progress.validations] == [7, 14, 20]
+    assert best[0] in store_at(tmp_path).steps()
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no_mark"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     undisturbed = fitted(CONFIG, tmp_path)
@@ -337,6 +347,7 @@ def test_a_machine_about_to_leave_gets_a_checkpoint_and_the_fit_goes_on(tmp_path
     config = dataclasses.replace(CONFIG, checkpoint_every_steps=1000, keep_checkpoints=5)
     state, objective = make(config)
     store = store_at(tmp_path, keep=5)
+    objective.num_validation = 0  # or the best would be kept too
     assert run(state, objective, config, store, hooks=Hooks(leaving=lambda: state.progress.step == 8))
     assert store.steps() == [8, 20]
 

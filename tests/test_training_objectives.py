@@ -167,6 +167,33 @@ def test_diffusion_loss_is_that_of_the_formulation() -> None:
     assert objective.num_validation == 0
 
 
+def test_dropout_belongs_to_the_sample_however_the_batch_is_shared() -> None:
+    """The published nets drop 10 %: two workers, or smaller pieces, must not change what is fitted."""
+    torch.manual_seed(0)
+    model = ModelConfig(name="edm", space="pixel", latent_downscale=1, net=dataclasses.replace(NET, dropout=0.5))
+    objective = DiffusionObjective(build_denoiser(model, SIZE), make_source(), None, (1, SIZE, SIZE), FIT, 0.0)
+    with torch.no_grad():
+        for p in objective.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    objective.module.train()
+
+    def gradient(*parts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        objective.model.zero_grad()
+        losses = [objective.module(objective.batch(part, 0)) for part in parts]
+        sum(one.total for one in losses).backward()
+        grads = [p.grad.flatten() for p in objective.model.parameters() if p.grad is not None]
+        return torch.cat([one.loss for one in losses]), torch.cat(grads)
+
+    whole, halves = gradient(np.arange(8)), gradient(np.arange(4), np.arange(4, 8))
+    for a, b in zip(whole, halves):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole[0], gradient(np.arange(8, 16))[0], rtol=1e-2)
+    net = objective.denoiser.net
+    net.dropout_seeds = None
+    objective.module.eval()
+    assert not torch.allclose(objective.module(objective.batch(np.arange(8), 0)).loss, whole[0], rtol=1e-3)
+
+
 def test_autoencoder_loss_is_that_of_its_terms_and_late_terms_come_late() -> None:
     weights = dataclasses.replace(VAE, late_terms_from_epoch=1, fit=FIT)
     vae = make_vae()

@@ -28,6 +28,7 @@ from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
 TASKS = ("segmentation", "classification")
+ROW_DECIDES = ("real_fraction", "mixing", "seed")  # of a task: what tells rows and points of a curve apart
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,11 @@ def compare(config: CompareJob) -> Outcome:
 
     if not config.models:
         raise UserError("model: name at least one, e.g. model=edm_l64 or model=all")
+    if config.plan_only:
+        raise UserError("plan_only: a study has no plan; jobs/fit.py and jobs/synthesize.py have one, model by model")
     check_extractors(config.extractors)
+    if own := sorted(set(config.search.space) & set(ROW_DECIDES)):
+        raise UserError(f"search.space.{own[0]}: rows and curves set it themselves; search it with jobs/tune.py")
     stage: StageDir = open_stage(config.storage, "compare", compare_fingerprint(config), overwrite=config.overwrite)
     done = stage.outcome()
     if done is not None:

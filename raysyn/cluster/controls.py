@@ -36,7 +36,8 @@ def make_control(job: FitJob, name: str, seed: int, prepared: Outcome, autoencod
         made = _frames(job.model.name, name, sha256, split, frames, images)
         stage.storage.write_atomic(f"{split}/shard-00000.parquet", table_to_bytes(frames_to_table(made)))
         counts[split] = len(made)
-    return stage.finish({"frames": stage.path, "control": name, "num_frames": counts})
+    entries = {"frames": stage.path, "control": name, "num_frames": counts}
+    return stage.finish({**entries, "autoencoder": autoencoder.manifest["model_dir"]})
 
 
 def _open_vae(model_dir: str) -> Any:

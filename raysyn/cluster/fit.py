@@ -17,11 +17,11 @@ from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, open_stage
 from raysyn.config import FitConfig, FitJob, ModelConfig, PrepareJob, TrackingConfig, fingerprint
 from raysyn.data.storage import Storage
-from raysyn.types import Outcome, Resumable, UserError
+from raysyn.types import Fault, Outcome, Resumable, UserError
 
 log = logging.getLogger("raysyn.fit")
 
-FIT_VERSION = 1  # of what decides a fitted model
+FIT_VERSION = 2  # of what decides a fitted model
 # Files in the stage's folder by which driver and workers talk:
 STOP = "stop"  # while it is there, workers write a checkpoint and end
 BAD_INPUT = "bad_input"  # what is wrong, as one rank of several found it
@@ -176,7 +176,7 @@ def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencod
     if report["status"] == "bad_input":
         raise UserError(report["message"])
     if report["status"] == "diverged":
-        raise RuntimeError(report["message"])
+        raise Fault(report["message"])
     entries = {k: v for k, v in report.items() if k != "status"}
     return stage.finish({**entries, "model": config.model.name, "frames": frames, "autoencoder": autoencoder})
 

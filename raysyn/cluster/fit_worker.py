@@ -252,7 +252,9 @@ def _write_model(folder: Path, job: WorkerJob, state: TrainState, built: Built, 
     size = built.train.image_u8.shape[1]
     data = {"data": job.config.data.name, **facts}
     model: Any = state.model
-    return save_model(folder, averaged, model, built.codec, job.config.model, size, data)
+    seen = [frames.patient_id for frames in (built.train, built.validation) if frames is not None]
+    patients = sorted({str(patient) for part in seen for patient in part})
+    return save_model(folder, averaged, model, built.codec, job.config.model, size, data, patients)
 
 
 def _log_model(job: WorkerJob, outside: _Outside, folder: Path, built: Built) -> None:

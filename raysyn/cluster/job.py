@@ -13,7 +13,7 @@ import traceback
 from types import FrameType
 
 from raysyn.compose import JOBS, load_job
-from raysyn.types import Outcome, Resumable, UserError
+from raysyn.types import Fault, Outcome, Resumable, UserError
 
 USAGE = """usage: python jobs/{job}.py [key=value ...]
 
@@ -71,6 +71,9 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"raysyn {job}: {error}", file=sys.stderr)
         return 2
+    except Fault as fault:
+        print(f"raysyn {job}: {fault}", file=sys.stderr)
+        return 1
     except Resumable as stop:
         print(f"raysyn {job}: {stop}; resumable: run the same command again to go on", file=sys.stderr)
         return 0

@@ -15,10 +15,10 @@ from raysyn.cluster.stage import StageDir, open_stage
 from raysyn.config import JobConfig, TaskConfig, fingerprint
 from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
-from raysyn.types import FrameArrays, Outcome, UserError
+from raysyn.types import SPLITS, FrameArrays, Outcome, UserError
 
-TASK_VERSION = "task 2"  # goes up when a manifest gains a number, so that older ones are made again
-REALISM_VERSION = "realism 3"
+TASK_VERSION = "task 3"  # goes up when a manifest gains a number, so that older ones are made again
+REALISM_VERSION = "realism 4"
 
 
 def set_fingerprint(uri: str) -> str:
@@ -49,26 +49,41 @@ def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
     """Raises UserError when the models behind synthetic sets (diffusion model, its autoencoder) were fitted on test patients.
 
     The way back is by manifests: the set's names its model's folder, whose stage's names the frames it was fitted on
-    and its autoencoder. Where a set or model is not of our making the way ends, and its own patients are all there is.
+    and its autoencoder; a model folder that was copied elsewhere names its patients itself. Where a set or model is not
+    of our making the way ends, and its own patients are all there is.
     """
     tested = set(test.patient_id)
     todo = [("", uri) for uri in train_sets]
     seen: set[str] = set()
     while todo:
         what, uri = todo.pop()
-        storage = Storage.at(uri)
-        if uri in seen or not storage.exists("manifest.json"):
+        storage = _with_manifest(Storage.at(uri))
+        if storage.uri in seen or not storage.exists("manifest.json"):
             continue
-        seen.add(uri)
+        seen.add(storage.uri)
         manifest = storage.read_json("manifest.json")
         if what:
-            found = sorted(tested & patients_of(manifest["frames"], ("train", "validation")))
-            if found:
-                raise UserError(f"{uri}: this {what} was fitted on test patients ({', '.join(found[:3])}); refused")
+            _refuse_fitted(what, uri, tested & patients_of(manifest["frames"], ("train", "validation")))
         for key in ("model_dir", "autoencoder"):
             if manifest.get(key) and not (what and key == "model_dir"):
                 kind = "autoencoder" if key == "autoencoder" else "model"
-                todo.append((kind, Storage.at(manifest[key]).parent.uri))
+                model = Storage.at(manifest[key])
+                if model.exists("model.json"):
+                    _refuse_fitted(kind, model.uri, tested & set(model.read_json("model.json").get("patients", [])))
+                todo.append((kind, model.parent.uri))
+
+
+def _with_manifest(storage: Storage) -> Storage:
+    """The folder of the set that `storage`, perhaps one split or one shard of it, belongs to."""
+    while not storage.exists("manifest.json") and (storage.name.endswith(".parquet") or storage.name in SPLITS):
+        storage = storage.parent
+    return storage
+
+
+def _refuse_fitted(what: str, uri: str, patients: set[str]) -> None:
+    if patients:
+        named = ", ".join(sorted(patients)[:3])
+        raise UserError(f"{uri}: this {what} was fitted on test patients ({named}); refused")
 
 
 def load_sets(
@@ -214,6 +229,7 @@ def run_realism(
 
     frames, test = read_arrays(train_set, "train"), read_arrays(real, "test")
     refuse_leak({train_set: frames}, test)
+    refuse_lineage([train_set], test)
     train = frames if train_set == real else read_arrays(real, "train")
     check_enough(frames=frames, reference_frames=test, baseline_frames=train)
     found = open_extractor(extractors[0])
@@ -234,7 +250,8 @@ def run_realism(
         own = realism(frames, test, other, real=None if train_set == real else train)
         scores |= {k: v for k, v in own.items() if f"_{other.name}" in k}
         scores |= {f"{other.name}_sha256": other.sha256, f"{other.name}_preprocessing": other.preprocessing}
-    return stage.finish({"scores": scores, "split": "train against test", "worst_pairs": pairs})
+    scores |= {"split": "train", "reference_split": "test"}
+    return stage.finish({"scores": scores, "worst_pairs": pairs})
 
 
 def faithfulness_scores(frames: FrameArrays, segmenter_dir: str) -> dict[str, float]:

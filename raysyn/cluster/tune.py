@@ -25,7 +25,9 @@ from raysyn.cluster.task_runs import load_sets, set_fingerprint
 from raysyn.compose import build
 from raysyn.config import JobConfig, PrepareJob, SearchConfig, TaskConfig, TrackingConfig, TuneJob, fingerprint, to_dict
 from raysyn.data.storage import Storage
-from raysyn.types import FrameArrays, Outcome, UserError
+from raysyn.types import Fault, FrameArrays, Outcome, UserError
+
+log = logging.getLogger("raysyn.tune")
 
 DEFAULT_SPACE: dict[str, Any] = {
     "lr": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -48,6 +50,8 @@ def tune(config: TuneJob) -> Outcome:
     """
     from raysyn.cluster.inputs import frames_uri, prepare
 
+    if config.plan_only:
+        raise UserError("plan_only: a search has no plan; jobs/fit.py and jobs/synthesize.py have one")
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     space = check_space(config.search.space or DEFAULT_SPACE, config)
     with ray_session(config.ray):
@@ -64,8 +68,7 @@ def tune(config: TuneJob) -> Outcome:
         for uri in sets:  # an empty set or a leak is refused before any trial
             load_sets([uri], real, config.task)
         with watch(lambda: f"tune {config.task.kind}"):
-            results = search(config, stage, space, sets, real)
-            return stage.finish(summary(config, results, sets, real))
+            return stage.finish(search(config, stage, space, sets, real))
 
 
 def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
@@ -76,17 +79,33 @@ def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
             raise UserError(f"search.space.{key}: not a key of the task; its keys are {', '.join(sorted(known))}")
         if not isinstance(domain, dict) or not ({"low", "high"} <= set(domain) or domain.get("choices")):
             raise UserError(f"search.space.{key}: give {{low, high, log}} or {{choices: [...]}}, got {domain!r}")
-        for value in domain.get("choices") or [domain["low"], domain["high"]]:
-            if key == MIN_FAITHFULNESS:
-                if not 0 <= float(value) <= 1:
-                    raise UserError(f"search.space.min_faithfulness: {value} is outside [0, 1]")
-            elif key != TRAIN_SET:
-                build(TaskConfig, {**to_dict(config.task), key: value}, "search.space.")
-            elif not 0 <= int(value) < max(1, len(config.train_sets)):
-                raise UserError(
-                    f"search.space.train_set: {value} is no index of the {len(config.train_sets)} train_sets"
-                )
+        values = domain.get("choices") or [domain["low"], domain["high"]]
+        for value in values:
+            _check_value(key, value, config)
+        if not domain.get("choices"):
+            _check_range(key, *values, log=bool(domain.get("log")))
     return space
+
+
+def _check_value(key: str, value: Any, config: TuneJob) -> None:
+    if key not in NOT_OF_TASK:
+        build(TaskConfig, {**to_dict(config.task), key: value}, "search.space.")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"search.space.{key}: {value!r} is not a number")
+    if key == MIN_FAITHFULNESS and not 0 <= value <= 1:
+        raise UserError(f"search.space.min_faithfulness: {value} is outside [0, 1]")
+    if key == TRAIN_SET and value not in range(max(1, len(config.train_sets))):
+        raise UserError(f"search.space.train_set: {value} is no index of the {len(config.train_sets)} train_sets")
+
+
+def _check_range(key: str, low: Any, high: Any, *, log: bool) -> None:
+    if not all(isinstance(v, (int, float)) for v in (low, high)):
+        raise UserError(f"search.space.{key}: low and high are numbers, got {low!r} and {high!r}; or give choices")
+    if low > high:
+        raise UserError(f"search.space.{key}: low {low} is above high {high}")
+    if log and low <= 0:
+        raise UserError(f"search.space.{key}: a logarithmic range begins above 0, not at {low}")
 
 
 def suggest(space: dict[str, Any], trial: Any) -> None:
@@ -207,8 +226,8 @@ def _scheduler(search: SearchConfig, task: TaskConfig, space: dict[str, Any]) ->
     return None
 
 
-def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[str], real: str) -> list[dict[str, Any]]:
-    """Run or go on with the search; a dict a finished trial: trial, params, score, cost, iterations."""
+def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[str], real: str) -> dict[str, Any]:
+    """Run or go on with the search, refit the best; returns the manifest's entries."""
     from ray import tune as ray_tune
     from ray.tune import RunConfig, TuneConfig, Tuner
 
@@ -256,13 +275,21 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
             ),
             run_config=RunConfig(name="ray_tune", storage_path=stage.path, verbose=0),
         )
-    grid = tuner.fit()
-    parent.finish()
-    return _results(grid, config)
+    status = "FAILED"
+    try:
+        trials, failed = _results(tuner.fit())
+        found = {**summary(config, trials, sets, real), "failed_trials": failed}
+        parent.log_metrics({key: found[key] for key in ("best_score", "refit_mean", "refit_sd")})
+        status = "FINISHED"
+    finally:
+        parent.finish(status)
+    return found
 
 
-def _results(grid: Any, config: TuneJob) -> list[dict[str, Any]]:
-    found, errors = [], []
+def _results(grid: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a dict a trial that has a score, the last line of each that failed)."""
+    found: list[dict[str, Any]] = []
+    errors: list[str] = []
     for result in grid:
         if result.error is not None or not result.metrics or "score" not in result.metrics:
             errors.append(str(result.error).strip().splitlines()[-1] if result.error else "no score")
@@ -278,9 +305,14 @@ def _results(grid: Any, config: TuneJob) -> list[dict[str, Any]]:
                 "complete": bool(result.metrics["complete"]),
             }
         )
+    for line in errors:
+        log.warning("tune: a trial failed: %s", line)
     if not found:
-        raise RuntimeError(f"all {len(errors)} trials failed; the first: {errors[0] if errors else 'none ran'}")
-    return found
+        first = errors[0] if errors else "none ran"
+        if "UserError: " in first:  # no trial can do better on the same input
+            raise UserError(first.rpartition("UserError: ")[2])
+        raise Fault(f"all {len(errors)} trials failed; the first: {first}")
+    return found, errors
 
 
 def pareto_front(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -334,7 +366,7 @@ def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real
         "best_score": best["score"],
         "refits": refits,
         "refit_mean": float(np.mean(refits)) if refits else None,
-        "refit_sd": float(np.std(refits)) if refits else None,
+        "refit_sd": float(np.std(refits, ddof=1)) if len(refits) > 1 else None,
         "trials": trials,
         "num_trials": len(trials),
         "cpu_seconds": sum(t["cost"] for t in trials),

@@ -36,8 +36,11 @@ def _factor(x: np.ndarray) -> np.ndarray:
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, num_subsets: int = 50, subset_size: int = 100, seed: int = 0
 ) -> tuple[float, float]:
-    """Unbiased squared MMD with the kernel (x·y/D + 1)³, mean and sd over random subsets (arXiv:1801.01401)."""
-    size = min(subset_size, len(a), len(b))
+    """Unbiased squared MMD with the kernel (x·y/D + 1)³, mean and sd over random subsets (arXiv:1801.01401).
+
+    A subset holds half a small set at most: of the whole set there is but one, and no spread.
+    """
+    size = min(subset_size, len(a) // 2, len(b) // 2)
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(num_subsets):
@@ -94,7 +97,10 @@ def radial_spectrum(frames: FrameArrays) -> np.ndarray:
     image = frames.image_u8.astype(np.float64) / 255
     count = inside.sum((1, 2), keepdims=True).clip(1)
     image = (image - (image * inside).sum((1, 2), keepdims=True) / count) * inside
-    power = (np.abs(np.fft.fft2(image)) ** 2).mean(0)
+    parts = np.array_split(
+        image, -(-len(image) // 64)
+    )  # of thousands of frames at once the transforms would fill memory
+    power = sum((np.abs(np.fft.fft2(part)) ** 2).sum(0) for part in parts) / len(image)
     size = image.shape[1]
     frequency = np.fft.fftfreq(size) * size
     radius = np.hypot(*np.meshgrid(frequency, frequency, indexing="ij")).round().astype(int)
@@ -216,18 +222,22 @@ def baseline_distances(frames: Measured, real: Measured, reference: Measured, na
 
     `real` (say, training patients) takes the place of `frames` against the same `reference`. Feature distances shrink
     with n, so both are cut (by seed 0) to the smaller n, `baseline_num_frames`; where that cuts `frames`, their own
-    distance at that n stands beside as `fd_<extractor>_at_baseline`.
+    distances at that n stand beside as `…_at_baseline`.
     """
     n = min(len(frames.features), len(real.features))
-    floor = feature_distances(_some(real, n), reference, name)
-    found = {f"{key}_baseline": value for key, value in floor.items()}
-    for key in ("histogram_wasserstein", "spectrum_distance"):
-        measure = histogram_distance if key == "histogram_wasserstein" else spectrum_distance
-        found[f"{key}_baseline"] = measure(real.frames, reference.frames)
-    found["baseline_num_frames"] = n
+    found = {f"{key}_baseline": value for key, value in _distances(_some(real, n), reference, name).items()}
     if n < len(frames.features):
-        found[f"fd_{name}_at_baseline"] = frechet_distance(_some(frames, n).features, reference.features)
-    return found
+        own = _distances(_some(frames, n), reference, name)
+        found |= {f"{key}_at_baseline": value for key, value in own.items()}
+    return {**found, "baseline_num_frames": n}
+
+
+def _distances(frames: Measured, reference: Measured, name: str) -> dict[str, float]:
+    return {
+        **feature_distances(frames, reference, name),
+        "histogram_wasserstein": histogram_distance(frames.frames, reference.frames),
+        "spectrum_distance": spectrum_distance(frames.frames, reference.frames),
+    }
 
 
 def _some(measured: Measured, n: int) -> Measured:

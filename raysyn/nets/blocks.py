@@ -116,7 +116,7 @@ class Block(nn.Module):
             h = F.silu(torch.addcmul(shift, self.norm1(h, conditioning), scale + 1))
         else:
             h = F.silu(self.norm1(h + p, conditioning))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        h = self.conv1(conditioning.dropout(h, self.dropout) if self.training else h)
         h = (h + (skip if self.skip is None else self.skip(skip))) * self.skip_scale
         return h if not self.num_heads else self._attend(h, conditioning)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -79,11 +80,20 @@ class Neighbourhoods:
 
 
 class Conditioning:
-    """The label maps of one batch: resized once a resolution, with the modulations computed beforehand, if any."""
+    """What every layer is told of one batch: its label maps, resized once a resolution, with the modulations computed
+    beforehand, if any, and in training the samples' seeds [B], from which their dropout is drawn."""
 
-    def __init__(self, one_hot: Tensor, modulations: list[Kept] | None = None) -> None:
-        self.one_hot, self.modulations = one_hot, modulations
+    def __init__(self, one_hot: Tensor, modulations: list[Kept] | None = None, seeds: Tensor | None = None) -> None:
+        self.one_hot, self.modulations, self.seeds = one_hot, modulations, seeds
         self._resized: dict[tuple[int, ...], Tensor] = {}
+        self._dropouts = 0
+
+    def dropout(self, h: Tensor, probability: float) -> Tensor:
+        """Dropout of h [B, …]; given seeds, a sample's mask is its own, the same in any batch and on any rank."""
+        self._dropouts += 1
+        if self.seeds is None or probability == 0:
+            return F.dropout(h, probability)
+        return torch.where(keep_mask(self.seeds, self._dropouts, h.shape[1:], probability), h / (1 - probability), 0.0)
 
     def at(self, size: tuple[int, ...]) -> Tensor:
         """The label maps at `size` (H, W), nearest neighbour."""
@@ -92,6 +102,15 @@ class Conditioning:
         if size not in self._resized:
             self._resized[size] = F.interpolate(self.one_hot, size=size, mode="nearest")
         return self._resized[size]
+
+
+def keep_mask(seeds: Tensor, layer: int, shape: tuple[int, ...], probability: float) -> Tensor:
+    """True where a value is kept, bool [B, *shape]: a hash (splitmix64) of each sample's seed, the layer and the place."""
+    count = math.prod(shape)
+    z = torch.arange(layer * count, (layer + 1) * count, device=seeds.device) * -0x61C8864680B583EB + seeds[:, None]
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return ((z ^ (z >> 31)) & (1 << 31) - 1).reshape(-1, *shape) >= int(probability * (1 << 31))
 
 
 class Spade(nn.Module):

@@ -81,6 +81,7 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         self.attention_at, self.block_heads = set(attention_resolutions), block_heads
         self.channels_per_head = channels_per_head if self.arch.scale_shift else None
         self.base, self.num_spades = base_channels, 0
+        self.dropout_seeds: Tensor | None = None  # of a training batch's samples, set before its forward
         width = embedding_channels or 4 * base_channels
         self._embeddings(noise_channels or base_channels * (2 if self.arch.fourier else 1), width)
         self.block = partial(
@@ -260,7 +261,7 @@ class SemanticUNet(ModelMixin, ConfigMixin):
             shape = (x.shape[0], self.config.label_channels, *x.shape[2:])  # type: ignore[attr-defined]
             one_hot = x.new_zeros(shape)
         patch = self.config.patch_size  # type: ignore[attr-defined]
-        conditioning = Conditioning(one_hot, modulations)
+        conditioning = Conditioning(one_hot, modulations, self.dropout_seeds)
         x = F.pixel_unshuffle(x, patch) if patch > 1 else x
         emb = self._embed(c_noise.expand(x.shape[0]))
         skips: list[Tensor] = []

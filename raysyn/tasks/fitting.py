@@ -152,9 +152,10 @@ def fit_task(
     fitted = FittedTask(net, task, image_size, -math.inf)
     best = copy.deepcopy(net.state_dict())
     every = _validation_interval(task, total, len(phases[0][0]))
-    step, running = 0, 0.0
+    step, running, until = 0, 0.0, 0.0
     for frames, share in phases:
-        for _ in range(round(share * total)):
+        until += share
+        while step < round(until * total):
             positions = np.arange(step * task.batch_size, (step + 1) * task.batch_size)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(task, step, total)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from raysyn.config import TaskConfig
 from raysyn.labels import TASK_CLASSES, TASK_REGIONS, to_task_classes
-from raysyn.metrics.bootstrap import patient_interval, subset_protocol
+from raysyn.metrics.bootstrap import patient_interval, patient_interval_of, subset_protocol
 from raysyn.metrics.function import METHODS, ejection_fraction_errors
 from raysyn.metrics.overlap import dice_by_region, hausdorff
 from raysyn.tasks.fitting import FittedTask, Report, fit_task
@@ -75,20 +75,20 @@ def mean_dice(by_region: dict[str, np.ndarray]) -> float:
 def evaluate_segmentation(fitted: FittedTask, test: FrameArrays, *, seed: int = 0) -> dict[str, Any]:
     """Scores on held-out frames, each a mean with sd and a 95 % interval over patients.
 
-    Keys: `<region>_dice`, `<region>_dice_sd`, `_low`, `_high`, `mean_dice` (+ interval), the published protocol's
-    `<region>_dice_protocol_mean` and `_protocol_sd`, `<region>_hausdorff_<unit>`, `<region>_hd95_<unit>` (unit: mm where
-    every spacing is known, else px), and where the frames hold ED with ES `<rule>_ef_*`, errors of the ejection fraction.
+    Keys: `<region>_dice`, `<region>_hausdorff_<unit>`, `<region>_hd95_<unit>` (unit: mm where every spacing is known, else
+    px), each with `_sd`, `_low`, `_high` and the published protocol's `_protocol_mean` and `_protocol_sd`; `mean_dice` with
+    interval and protocol; and where the frames hold ED with ES `<rule>_ef_*`, errors of the ejection fraction.
     """
     predicted, truth = predict_label_maps(fitted, test.image_u8), to_task_classes(test.label_map)
     dice = dice_by_region(predicted, truth)
     scores: dict[str, Any] = {"num_frames": len(test)}
     for region, values in dice.items():
         scores |= _summary(f"{region}_dice", values, test.patient_id, seed)
-        scores |= _protocol(f"{region}_dice", values, seed)
-    per_frame = _mean_over_regions(dice)
-    low, high = patient_interval(per_frame, test.patient_id, seed=seed)
+    low, high = patient_interval_of(
+        lambda index: mean_dice({region: values[index] for region, values in dice.items()}), test.patient_id, seed=seed
+    )
     scores |= {"mean_dice": mean_dice(dice), "mean_dice_low": low, "mean_dice_high": high}
-    scores |= _protocol("mean_dice", per_frame, seed)
+    scores |= _protocol("mean_dice", _mean_over_regions(dice), seed)
     known = bool(np.isfinite(test.spacing_mm).all())
     unit = "mm" if known else "px"
     for region in TASK_REGIONS:
@@ -123,6 +123,8 @@ def _summary(name: str, values: np.ndarray, patients: list[str], seed: int) -> d
             f"{name}_sd": float("nan"),
             f"{name}_low": float("nan"),
             f"{name}_high": float("nan"),
+            **_protocol(name, values, seed),
         }
     low, high = patient_interval(values, patients, seed=seed)
-    return {name: float(finite.mean()), f"{name}_sd": float(finite.std()), f"{name}_low": low, f"{name}_high": high}
+    known = {name: float(finite.mean()), f"{name}_sd": float(finite.std()), f"{name}_low": low, f"{name}_high": high}
+    return {**known, **_protocol(name, values, seed)}

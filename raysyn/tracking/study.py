@@ -40,8 +40,9 @@ def log_study(
 ) -> int:
     """Log every row of a study as a run of its own, with `cost/*`, `realism/*` and `task/*` metrics; then the report.
 
-    The runs stand beside each other, not below the study's: MLflow's charts leave folded children out. Logged again,
-    the same study goes on in the same runs. `params` is the resolved config. Returns how many entries were dropped.
+    What a row says of realism in words (extractor, its hash, preprocessing, splits) are its params. The runs stand
+    beside each other, not below the study's: MLflow's charts leave folded children out. Logged again, the same study
+    goes on in the same runs. `params` is the resolved config. Returns how many entries were dropped.
     """
     if not config.enabled:
         return 0
@@ -50,7 +51,8 @@ def log_study(
     for first in range(0, len(rows), ROWS_AT_ONCE):
         runs = []
         for number, row in enumerate(rows[first : first + ROWS_AT_ONCE], first):
-            own = {key: row[key] for key in ROW_PARAMS if row.get(key) not in (None, "")}
+            words = [key for key, value in row.items() if key.startswith("realism/") and isinstance(value, str)]
+            own = {key: row[key] for key in (*ROW_PARAMS, *words) if row.get(key) not in (None, "")}
             name = row_name(row)
             colour = PALETTE[number % len(PALETTE)]  # MLflow's own choice gives two runs one colour
             kind = {KIND_TAG: "control" if row_kind(row) == "control" else "row", "mlflow.runColor": colour}

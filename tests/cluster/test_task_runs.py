@@ -140,7 +140,22 @@ def test_a_model_fitted_on_test_patients_is_refused_whatever_it_drew(sets, tmp_p
         if not kind:
             refuse_lineage([drawn], test)
             continue
-        with pytest.raises(UserError, match=rf"this {kind} was fitted on test patients"):
+        for part in (drawn, f"{drawn}/train", f"{drawn}/train/shard-00000.parquet"):
+            with pytest.raises(UserError, match=rf"this {kind} was fitted on test patients"):
+                refuse_lineage([part], test)
+
+
+def test_a_model_that_was_copied_elsewhere_still_names_its_patients(sets, tmp_path) -> None:
+    real, _ = sets
+    test = read_arrays(real, "test")
+    for name, patients in (("good", ["stranger"]), ("bad", [str(test.patient_id[0])])):
+        Storage.at(tmp_path / "elsewhere" / name).write_json("model.json", {"patients": patients})
+        manifest = {"fingerprint": name, "model_dir": str(tmp_path / "elsewhere" / name)}
+        drawn = write_set(tmp_path / f"of_{name}", {"train": range(2)}, manifest=manifest, change=synthetic)
+        if name == "good":
+            refuse_lineage([drawn], test)
+            continue
+        with pytest.raises(UserError, match="this model was fitted on test patients"):
             refuse_lineage([drawn], test)
 
 

@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"lr": {"low": -1, "high": 2}}, r"search\.space\.lr: -1"),
         ({"loss": {"choices": ["mse"]}}, r"search\.space\.loss: 'mse'"),
         ({"train_set": {"choices": [3]}}, "no index of the 2 train_sets"),
+        ({"train_set": {"choices": ["x"]}}, r"search\.space\.train_set: 'x' is not a number"),
+        ({"min_faithfulness": {"choices": ["abc"]}}, r"search\.space\.min_faithfulness: 'abc' is not a number"),
+        ({"lr": {"low": 0.1, "high": 0.01}}, r"search\.space\.lr: low 0\.1 is above high 0\.01"),
+        ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, "a logarithmic range begins above 0"),
     ],
 )
 def test_a_wrong_space_names_its_key(space: dict, says: str) -> None:

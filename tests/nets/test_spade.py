@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from raysyn.nets.spade import Conditioning, Neighbourhoods, Spade, Table, one_hot_from_index
+from raysyn.nets.spade import Conditioning, Neighbourhoods, Spade, Table, keep_mask, one_hot_from_index
 from raysyn.nets.unet import SemanticUNet
 
 
@@ -132,3 +132,27 @@ def test_in_low_precision_the_budget_counts_its_bytes() -> None:
             kept = model.modulations(m, whole // 2)
     assert all(type(layer) is tuple and layer[0].dtype == torch.bfloat16 for layer in kept)
     assert bytes_of(kept) == whole // 2
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_dropout_keeps_its_share_and_knows_sample_layer_and_place(probability: float) -> None:
+    seeds = torch.tensor([1, 2, 2**62 + 7])
+    mask = keep_mask(seeds, 1, (8, 64, 64), probability)
+    for share in (mask.float().mean((1, 2, 3)), mask.float().mean((0, 2, 3)), mask.float().mean((0, 1, 2))):
+        assert torch.allclose(share, torch.tensor(1 - probability), atol=0.05)
+    assert torch.equal(mask[1:2], keep_mask(seeds[1:2], 1, (8, 64, 64), probability))
+    others = [mask[1], keep_mask(seeds, 2, (8, 64, 64), probability)[0], mask[0].roll(1, 2), mask[0].roll(1, 0)]
+    expected = (1 - probability) ** 2 + probability**2  # two independent masks agree in so many places
+    for other in others:
+        assert (mask[0] == other).float().mean().item() == pytest.approx(expected, abs=0.02)
+
+
+def test_dropout_leaves_the_mean_and_without_seeds_is_torchs() -> None:
+    one_hot, h = blobs(4), torch.ones(4, 8, 32, 32)
+    dropped = Conditioning(one_hot, seeds=torch.arange(4)).dropout(h, 0.25)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    torch.manual_seed(0)
+    plain = Conditioning(one_hot).dropout(h, 0.25)
+    torch.manual_seed(0)
+    assert torch.equal(plain, F.dropout(h, 0.25))

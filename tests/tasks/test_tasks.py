@@ -1,5 +1,7 @@
 """Tasks on phantom frames small enough to learn in seconds; mixing; saving; bad input."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,15 @@ def test_mixing_keeps_its_shares(frames) -> None:
     assert mix_frames(synthetic, real, TaskConfig())[0][0] is synthetic
     with pytest.raises(UserError, match="real_fraction"):
         mix_frames(synthetic, None, together)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_one_after_the_other_takes_just_the_steps_asked_for(frames, steps: int) -> None:
+    task = TaskConfig(arch="unet:small", batch_size=4, num_steps=steps, width=4, real_fraction=0.5)
+    task = dataclasses.replace(task, mixing="synthetic_then_real")
+    fitted = train_segmentation(frames[0], frames[1], task, real=frames[0])
+    assert fitted.history[-1]["step"] == steps
+    assert np.isfinite(fitted.best_score)
 
 
 def test_augmentation_moves_image_and_map_together(frames) -> None:
