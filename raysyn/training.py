@@ -159,7 +159,8 @@ def train(
 
     jobs = _jobs(state.progress.step, config, parallel, num_parts)
     with Prefetcher(make, jobs) as batches:
-        start, cpu, stalled = time.perf_counter(), time.process_time(), 0.0
+        start, stalled = time.perf_counter(), 0.0
+        counted = start, time.process_time()  # cost takes in what the consumer does between steps: validation, samples
         for micro_batches in batches:
             step = state.progress.step
             torch.manual_seed(torch_seed(config.seed, parallel.rank, step))  # for what draws without a seed of its own
@@ -177,8 +178,10 @@ def train(
             _check(state, step, loss, grad_norm, totals, config)
             state.optimizer.step()
             state.ema.update(objective.model, config.global_batch)
-            seconds = time.perf_counter() - start
-            _advance(state, config, parallel, loss, seconds, time.process_time() - cpu)
+            now = time.perf_counter(), time.process_time()
+            seconds = now[0] - start
+            _advance(state, config, parallel, loss, now[0] - counted[0], now[1] - counted[1])
+            counted = now
             yield StepReport(
                 step=state.progress.step,
                 images_seen=state.progress.images_seen,
@@ -194,7 +197,7 @@ def train(
             if totals.stop:
                 return
             # Taken up again: what the consumer did in between is not the step's.
-            start, cpu, stalled = time.perf_counter(), time.process_time(), batches.stalled_seconds
+            start, stalled = time.perf_counter(), batches.stalled_seconds
 
 
 def _jobs(first: int, config: FitConfig, parallel: Parallel, num_parts: int) -> Iterator[list[np.ndarray]]:

@@ -76,6 +76,12 @@ def build(job: WorkerJob, parallel: Parallel) -> Built:
     return Built(diffusion, diffusion_codec, train, validation)
 
 
+def compile_net(net: torch.nn.Module) -> None:
+    """`torch.compile` what a fit calls: the U-Net itself, of an autoencoder its two halves."""
+    for part in (net.encoder, net.decoder) if isinstance(net, GammaVAE) else (net,):
+        part.compile()
+
+
 def _frames(job: WorkerJob, split: str) -> FrameArrays:
     if not job.use_ray_data:
         return fit_data.read_directly(job.frames, split)

@@ -82,6 +82,7 @@ def _built(config: FitJob, what: str, fit: FitConfig, device: Any) -> tuple[Any,
     """State and objective on made-up frames; a latent model's autoencoder is untrained."""
     import torch
 
+    from raysyn.cluster.fit_build import compile_net
     from raysyn.diffusion.ema import EMA
     from raysyn.models import build_denoiser, build_vae
     from raysyn.nets.codecs import LatentCodec, PixelCodec
@@ -112,7 +113,7 @@ def _built(config: FitJob, what: str, fit: FitConfig, device: Any) -> tuple[Any,
     if fit.channels_last:
         objective.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if fit.compile:
-        objective.model.compile()
+        compile_net(objective.model)
     return TrainState(objective.model, build_optimizer(objective.model, fit), EMA(objective.model, 1.0)), objective
 
 

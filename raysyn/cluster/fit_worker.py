@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from raysyn.cluster.board import reporter
 from raysyn.cluster.fit import BAD_INPUT, STOP
-from raysyn.cluster.fit_build import Built, WorkerJob, build
+from raysyn.cluster.fit_build import Built, WorkerJob, build, compile_net
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
 from raysyn.cluster.metrics_export import count
 from raysyn.config import to_dict
@@ -96,7 +96,7 @@ def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
-        model.compile()
+        compile_net(model)
     # An autoencoder is used as trained; averaging is for diffusion models.
     half_life = 0.0 if job.what == "autoencoder" else config.ema_half_life_images
     state = TrainState(model, build_optimizer(model, config), EMA(model, half_life))

@@ -105,12 +105,17 @@ class Conditioning:
 
 
 def keep_mask(seeds: Tensor, layer: int, shape: tuple[int, ...], probability: float) -> Tensor:
-    """True where a value is kept, bool [B, *shape]: a hash (splitmix64) of each sample's seed, the layer and the place."""
-    count = math.prod(shape)
-    z = torch.arange(layer * count, (layer + 1) * count, device=seeds.device) * -0x61C8864680B583EB + seeds[:, None]
+    """True where a value is kept, bool [B, *shape]: a hash of each sample's seed, the layer and the place."""
+    places = torch.arange(math.prod(shape), device=seeds.device)
+    hashed = _mix(_mix(seeds + layer)[:, None] + places)
+    return (hashed & (1 << 31) - 1).reshape(-1, *shape) >= int(probability * (1 << 31))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The mixing of splitmix64 (Steele 2014) on int64, whose products wrap round."""
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
-    return ((z ^ (z >> 31)) & (1 << 31) - 1).reshape(-1, *shape) >= int(probability * (1 << 31))
+    return z ^ (z >> 31 & (1 << 33) - 1)
 
 
 class Spade(nn.Module):
