@@ -28,7 +28,7 @@ from raysyn.training_batches import (
     rank_slice,
     torch_seed,
 )
-from raysyn.training_state import TrainState
+from raysyn.training_state import Progress, TrainState
 
 SIGMA_EDGES = (0.05, 0.2, 0.8, 3.0)  # buckets of the noise level in which the loss is told
 SPIKE_WINDOW, SPIKE_MINIMUM = 100, 20
@@ -180,7 +180,9 @@ def train(
             state.ema.update(objective.model, config.global_batch)
             now = time.perf_counter(), time.process_time()
             seconds = now[0] - start
-            _advance(state, config, parallel, loss, now[0] - counted[0], now[1] - counted[1])
+            _advance(state.progress, config, loss)
+            spent = now[0] - counted[0], now[1] - counted[1]
+            state.progress.spend(*spent, parallel.world_size, parallel.num_gpus)
             counted = now
             yield StepReport(
                 step=state.progress.step,
@@ -221,16 +223,10 @@ def _backward(
     sums.add(losses)
 
 
-def _advance(
-    state: TrainState, config: FitConfig, parallel: Parallel, loss: float, seconds: float, cpu_seconds: float
-) -> None:
-    progress = state.progress
+def _advance(progress: Progress, config: FitConfig, loss: float) -> None:
     progress.step += 1
     progress.images_seen += config.global_batch
     progress.losses.append(loss)
-    progress.wall_seconds += seconds
-    progress.cpu_seconds += cpu_seconds * parallel.world_size
-    progress.gpu_seconds += seconds * parallel.num_gpus
 
 
 def _check(state: TrainState, step: int, loss: float, grad_norm: float, totals: _Totals, config: FitConfig) -> None:

@@ -43,13 +43,16 @@ def run(
     store: CheckpointStore,
     parallel: Parallel | None = None,
     hooks: Hooks | None = None,
+    spent: tuple[float, float] = (0.0, 0.0),
 ) -> bool:
     """Fit from the newest whole checkpoint to the end. True when done, False when stopped on request (resumable).
 
+    `spent`: wall and CPU seconds that this rank took before (reading, encoding), counted as the fit's cost.
     Raises Diverged, naming the step, the noise level and the last good checkpoint.
     """
     parallel, hooks = parallel or Parallel(), hooks or Hooks()
     _resume(state, store)
+    state.progress.spend(*spent, parallel.world_size, parallel.num_gpus)
     if config.spike_factor > 0 and not store.steps():
         _save(state, store, parallel)
     while True:
@@ -62,8 +65,11 @@ def run(
             where = _last_good(store, parallel)
             if len(rollbacks) > config.max_rollbacks:
                 raise Diverged(f"fit diverged: {spike}, after {config.max_rollbacks} rollbacks; {where}") from None
+            lost = state.progress
             _resume(state, store)
             state.progress.rollbacks = rollbacks
+            for cost in ("wall_seconds", "cpu_seconds", "gpu_seconds", "energy_joules"):  # steps undone were paid for
+                setattr(state.progress, cost, getattr(lost, cost))
             hooks.log({"train/rollbacks": float(len(rollbacks))}, spike.step)
 
 

@@ -45,6 +45,12 @@ class Progress:
     validations: list[tuple[int, float]] = field(default_factory=list)
     rollbacks: list[tuple[int, float]] = field(default_factory=list)
 
+    def spend(self, wall_seconds: float, cpu_seconds: float, num_ranks: int, num_gpus: int) -> None:
+        """Add what one rank measured, for all ranks."""
+        self.wall_seconds += wall_seconds
+        self.cpu_seconds += cpu_seconds * num_ranks
+        self.gpu_seconds += wall_seconds * num_gpus
+
 
 @dataclass
 class TrainState:

@@ -297,7 +297,12 @@ def test_a_spike_goes_back_and_draws_anew(tmp_path: Path) -> None:
             return 1e4 if key == poisoned and not state.progress.rollbacks else default
 
     objective.module.poison = Once()
-    assert run(state, objective, config, store_at(tmp_path))
+    seconds: list[float] = []
+    hooks = Hooks(step=lambda report: seconds.append(report.seconds))
+    assert run(state, objective, config, store_at(tmp_path), hooks=hooks, spent=(100.0, 50.0))
+    assert len(seconds) == 42, "steps 26 and, the bad one not told, 27 came twice"
+    assert state.progress.wall_seconds >= 100 + sum(seconds), "what was undone was paid for, as was the time before"
+    assert 50 < state.progress.cpu_seconds < 100
     assert [step for step, _ in state.progress.rollbacks] == [27]
     assert len(state.progress.losses) == 40
     assert max(state.progress.losses) < 1e3

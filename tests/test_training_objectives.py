@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from raysyn.cluster.fit_build import compile_net
 from raysyn.config import AugmentConfig, FitConfig, ModelConfig, NetConfig, VAEConfig
 from raysyn.diffusion.ema import EMA
 from raysyn.diffusion.loss import diffusion_loss
@@ -192,6 +193,33 @@ def test_dropout_belongs_to_the_sample_however_the_batch_is_shared() -> None:
     net.dropout_seeds = None
     objective.module.eval()
     assert not torch.allclose(objective.module(objective.batch(np.arange(8), 0)).loss, whole[0], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_nets_have_the_same_losses_and_gradients() -> None:
+    """One graph whatever the batch, dropout by sample and the Γ draws included."""
+    net = dataclasses.replace(NET, channel_multipliers=[1], dropout=0.5)
+    model = ModelConfig(name="edm", space="pixel", latent_downscale=1, net=net)
+    torch.manual_seed(0)
+    diffusion = DiffusionObjective(build_denoiser(model, SIZE), make_source(), None, (1, SIZE, SIZE), FIT, 0.0)
+    autoencoder = AutoencoderObjective(
+        GammaVAE.from_vae_config(VAE), dataclasses.replace(VAE, fit=FIT), make_source(), None, CPU
+    )
+    for objective in (diffusion, autoencoder):
+        objective.module.train()
+        batches = [objective.batch(np.arange(8 * i, 8 * i + 8), 0) for i in range(2)]
+
+        def both(of=objective, given=batches) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+            of.model.zero_grad()
+            losses = [of.module(batch).total for batch in given]
+            sum(losses).backward()
+            return [*losses, *(p.grad.clone() for p in of.model.parameters() if p.grad is not None)]
+
+        plain = both()
+        compile_net(objective.model)
+        assert torch.isfinite(plain[0])
+        for a, b in zip(plain, both()):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_autoencoder_loss_is_that_of_its_terms_and_late_terms_come_late() -> None:

@@ -91,6 +91,7 @@ def parallel_of(rank: int, size: int, device: torch.device) -> Parallel:
 
 def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
     storage, config = Storage.at(job.stage), job.fit
+    start = time.perf_counter(), time.process_time()
     built = build(job, parallel)
     model = built.objective.model
     if config.channels_last:
@@ -104,7 +105,8 @@ def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
     outside = _Outside(job, built, parallel, storage)
     try:
         with measured(parallel.device.type == "cuda") as cost:
-            finished = run(state, built.objective, config, store, parallel, outside.hooks())
+            spent = time.perf_counter() - start[0], time.process_time() - start[1]
+            finished = run(state, built.objective, config, store, parallel, outside.hooks(), spent)
         if not finished:
             outside.close("KILLED")
             return {"status": "stopped", "step": state.progress.step}

@@ -152,6 +152,32 @@ def test_a_latent_model_shares_its_autoencoder(storage: Path) -> None:
 
 
 @pytest.mark.cluster
+def test_the_memory_layout_leaves_the_loss_curve(pixel: Outcome, tmp_path: Path) -> None:
+    same = fit(job(tmp_path, "model=edm", "model.fit.channels_last=true"))
+    assert np.allclose(losses_of(pixel), losses_of(same), rtol=0, atol=1e-4)
+
+
+@pytest.mark.cluster
+def test_plan_only_tells_each_part_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = job(tmp_path, "model=edm_l128", *LATENT, "plan_only=true", "cost.usd_per_cpu_hour=0.5")
+    with ray_session(RayConfig(num_cpus=2, object_store_mb=128)):
+        outcome = fit(config)
+    assert outcome.skipped
+    assert not list(tmp_path.iterdir())
+    plans = outcome.manifest["plan"]
+    assert list(plans) == ["autoencoder", "diffusion"]
+    assert [p["num_steps"] for p in plans.values()] == [4, 20]
+    for plan in plans.values():
+        assert plan["hours"] == pytest.approx(plan["seconds_per_step"] * plan["num_steps"] / 3600)
+        assert plan["usd"] == pytest.approx(plan["hours"] * 0.5 * 0.5), "half a core at half a dollar an hour"
+        assert plan["parameters"] > 0 < plan["gflops_per_step"]
+        assert 0 < plan["memory_gb"] < 8
+    said = capsys.readouterr().out
+    assert "fit plan: edm_l128 autoencoder:" in said
+    assert "fit plan: edm_l128 diffusion:" in said
+
+
+@pytest.mark.cluster
 def test_ray_data_reads_what_a_direct_read_gives(storage: Path) -> None:
     uri = frames_uri(prepare(prepare_job(job(storage, "model=edm"))))
     by_ray, direct = collect(frame_dataset(uri, "train")), read_directly(uri, "train")
