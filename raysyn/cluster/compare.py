@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from raysyn.cluster.curves import CurvePoint, curve_points
@@ -213,15 +212,25 @@ def compare_fingerprint(config: CompareJob) -> str:
 
 
 def check_extractors(extractors: list[str]) -> None:
-    """Raise UserError for none at all, and for one whose weights file is not there, before any work."""
+    """Raise UserError for none at all, and for one that cannot be opened, before any work."""
+    from raysyn.metrics.extractors import open_extractor
+
     if not extractors:
         raise UserError("extractors: name at least one, e.g. extractors=[lite0]")
     for spec in extractors:
-        file = spec.partition("=")[2]
-        if spec != "lite0" and not Path(file).is_file():
-            raise UserError(
-                f"extractors: {spec!r} names no weights file; give lite0, inception=FILE or <timm model>=FILE"
-            )
+        if spec != "lite0":
+            open_extractor(spec)
+
+
+def check_rows(config: CompareJob) -> None:
+    """Raise UserError for a model or a task's net that cannot work at this size, before any work."""
+    from raysyn.cluster.fit import check
+    from raysyn.tasks.nets import check_net
+
+    for model in config.models:
+        check(_job(FitJob, config, model=model))
+    for kind in TASKS:
+        check_net(getattr(config, kind), config.data.image_size)
 
 
 def compare(config: CompareJob) -> Outcome:
@@ -240,6 +249,7 @@ def compare(config: CompareJob) -> Outcome:
     if done is not None:
         print_table(done.manifest["rows"])
         return done
+    check_rows(config)
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     rows = study_rows(config)
     with ray_session(config.ray):

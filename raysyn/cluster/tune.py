@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import warnings
@@ -65,6 +66,7 @@ def tune(config: TuneJob) -> Outcome:
         stage = open_stage(config.storage, "tune", key, overwrite=config.overwrite)
         if (done := stage.outcome()) is not None:
             return done
+        check_nets(space, config)
         for uri in sets:  # an empty set or a leak is refused before any trial
             load_sets([uri], real, config.task)
         with watch(lambda: f"tune {config.task.kind}"):
@@ -85,6 +87,15 @@ def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
         if not domain.get("choices"):
             _check_range(key, *values, log=bool(domain.get("log")))
     return space
+
+
+def check_nets(space: dict[str, Any], config: TuneJob) -> None:
+    """Raise UserError for a net of the space that cannot be built or takes no images of this size, before any trial."""
+    from raysyn.tasks.nets import check_net
+
+    keys = [key for key in ("arch", "weights") if key in space]
+    for values in itertools.product(*(space[key]["choices"] for key in keys)):
+        check_net(dataclasses.replace(config.task, **dict(zip(keys, values))), config.data.image_size)
 
 
 def _check_value(key: str, value: Any, config: TuneJob) -> None:

@@ -76,8 +76,10 @@ def _lite0() -> Extractor:
 def _timm(backbone: str, weights: Path) -> Extractor:
     import timm
 
+    if not timm.is_model(backbone):
+        raise UserError(f"extractor: {backbone!r} is no model of timm's; `timm.list_models()` names them")
     net = timm.create_model(backbone, num_classes=0, pretrained=False)
-    state = _state_dict(weights)
+    state = read_state_dict(weights, "extractor")
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own):
@@ -98,7 +100,7 @@ def _timm(backbone: str, weights: Path) -> Extractor:
 def _inception(weights: Path) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    _state_dict(weights)  # torch-fidelity itself would run what code the file holds
+    read_state_dict(weights, "extractor")  # torch-fidelity itself would run what code the file holds
     try:
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
     except RuntimeError as error:
@@ -113,14 +115,14 @@ def _inception(weights: Path) -> Extractor:
     return Extractor("inception", net.eval(), prepare, _file_sha256(weights), words)
 
 
-def _state_dict(weights: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file. Raises UserError for anything else, without running it."""
+def read_state_dict(weights: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a weights file that the config's `key` names. Raises UserError for anything else; runs none of it."""
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for what is no such file
-        raise UserError(f"extractor: {weights} is not a file of weights ({type(error).__name__})") from None
+        raise UserError(f"{key}: {weights} is not a file of weights ({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"extractor: {weights} holds no state dict")
+        raise UserError(f"{key}: {weights} holds no state dict")
     return state
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from raysyn.config import TaskConfig
 from raysyn.labels import TASK_CLASSES
-from raysyn.metrics.extractors import lite0_weights, one_channel
+from raysyn.metrics.extractors import lite0_weights, one_channel, read_state_dict
 from raysyn.types import VIEWS, UserError
 
 
@@ -73,7 +73,7 @@ def _encoder_weights(task: TaskConfig) -> dict[str, Tensor] | None:
     path = Path(task.weights)
     if not path.is_file():
         raise UserError(f"task.weights: no file {path}; give a state dict, or embedded for EfficientNet-Lite0's")
-    return one_channel(torch.load(path, map_location="cpu", weights_only=True))
+    return one_channel(read_state_dict(path, "task.weights"))
 
 
 def _load_encoder(net: nn.Module, task: TaskConfig, prefix: str) -> None:
@@ -89,6 +89,17 @@ def _load_encoder(net: nn.Module, task: TaskConfig, prefix: str) -> None:
             f"task.weights: {task.weights} does not fit {task.arch} ({len(fitting)} of {len(weights)} tensors)"
         )
     net.load_state_dict({**target, **fitting})
+
+
+def check_net(task: TaskConfig, image_size: int) -> None:
+    """Raise UserError unless the task's net can be built, with its weights, and takes images of `image_size`."""
+    net = build_segmenter(task, image_size) if task.kind == "segmentation" else build_classifier(task)
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 1, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"task.arch: {task.arch} takes no images of data.image_size {image_size} ({line})") from None
 
 
 def build_segmenter(task: TaskConfig, image_size: int) -> nn.Module:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from raysyn.cluster.compare import compare
 from raysyn.cluster.task_runs import refuse_leak
-from raysyn.cluster.tune import check_space, pareto_front, trial_task
+from raysyn.cluster.tune import check_nets, check_space, pareto_front, trial_task
 from raysyn.compose import load_job
 from raysyn.config import TaskConfig
 from raysyn.data.frames import read_arrays, write_frames
@@ -42,6 +43,25 @@ def test_a_wrong_space_names_its_key(space: dict, says: str) -> None:
     job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
     with pytest.raises(UserError, match=says):
         check_space(space, job)
+
+
+def test_nets_of_the_space_are_tried_before_any_trial() -> None:
+    job = load_job("tune", ["scale=tiny", "train_sets=[a]", "data.image_size=66"])
+    space = {"arch": {"choices": ["unet:mobilenetv3_small_050", "unet:small"]}}
+    with pytest.raises(UserError, match=r"unet:small takes no images of data\.image_size 66"):
+        check_nets(space, job)
+
+
+def test_a_study_of_rows_that_cannot_work_is_refused_before_any_work(tmp_path) -> None:
+    for override, says in (
+        ("data.image_size=66", r"data\.image_size: 66 is not a multiple"),
+        ("segmentation.arch=unet:nothing", r"task\.arch: 'unet:nothing' is not known"),
+        ("classification.weights=/no/such.pt", r"task\.weights: no file"),
+    ):
+        more = ["classification.arch=tf_efficientnet_lite0"] if "weights" in override else []
+        with pytest.raises(UserError, match=says):
+            compare(load_job("compare", ["scale=tiny", f"storage={tmp_path}", override, *more]))
+        assert not list(tmp_path.rglob("*.json")), "nothing was begun"
 
 
 def test_the_front_holds_what_nothing_beats_at_full_budget() -> None:

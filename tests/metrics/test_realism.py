@@ -168,7 +168,10 @@ def test_too_few_frames_name_the_number_needed(sets) -> None:
         realism(a.take([0, 1, 2]), a)
 
 
-def test_extractors_without_weights_are_refused() -> None:
+def test_extractors_without_weights_are_refused(tmp_path) -> None:
+    (tmp_path / "any.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="'no_such_net' is no model of timm's"):
+        open_extractor(f"no_such_net={tmp_path / 'any.pt'}")
     for spec in ("resnet18", "inception=/no/such/file", "resnet18=/no/such/file"):
         with pytest.raises(UserError, match="names no weights file"):
             open_extractor(spec)

@@ -11,7 +11,7 @@ from raysyn.data.phantom import phantom_patient
 from raysyn.tasks.classification import evaluate_classification, predict_view_scores, train_classification
 from raysyn.tasks.fitting import load_task, normalise, num_task_steps, task_batch
 from raysyn.tasks.mixing import mix_frames
-from raysyn.tasks.nets import build_classifier, build_segmenter
+from raysyn.tasks.nets import build_classifier, build_segmenter, check_net
 from raysyn.tasks.segmentation import evaluate_segmentation, predict_label_maps, train_segmentation
 from raysyn.types import PHASES, VIEWS, FrameArrays, UserError
 
@@ -206,3 +206,13 @@ def test_unknown_nets_and_weights_are_refused(tmp_path) -> None:
             build_segmenter(task, 64)
     with pytest.raises(UserError, match=r"task\.weights"):
         build_segmenter(TaskConfig(arch="unet:tf_efficientnet_lite0", weights=str(tmp_path / "none.pt")), 64)
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(UserError, match=r"task\.weights: .*text\.pt is not a file of weights"):
+        build_segmenter(TaskConfig(arch="unet:tf_efficientnet_lite0", weights=str(tmp_path / "text.pt")), 64)
+
+
+def test_a_net_that_does_not_take_the_image_size_is_refused() -> None:
+    check_net(TaskConfig(arch="unet:small", width=2), 64)
+    check_net(TaskConfig(kind="classification", arch="cnn:small", width=2), 66)
+    with pytest.raises(UserError, match=r"task\.arch: unet:small takes no images of data\.image_size 66"):
+        check_net(TaskConfig(arch="unet:small", width=2), 66)
