@@ -62,3 +62,30 @@ def subset_protocol(
     size = max(1, round(share * len(values)))
     means = [rng.permutation(values)[:size].mean() for _ in range(num_draws)]
     return float(np.mean(means)), float(np.std(means))
+
+
+def subset_protocol_of(
+    statistic: Callable[[np.ndarray], float], count: int, *, num_draws: int = 1000, share: float = 0.8, seed: int = 0
+) -> tuple[float, float]:
+    """Like `subset_protocol` for any `statistic(item numbers int64 [M])` of `count` items; NaN draws are left out."""
+    rng = np.random.default_rng(seed)
+    size = max(1, round(share * count))
+    drawn = [statistic(rng.permutation(count)[:size]) for _ in range(num_draws)]
+    finite = [value for value in drawn if np.isfinite(value)]
+    return (float(np.mean(finite)), float(np.std(finite))) if finite else (float("nan"), float("nan"))
+
+
+def with_spread(
+    name: str, statistic: Callable[[np.ndarray], float], patients: Sequence[str], seed: int = 0
+) -> dict[str, float]:
+    """`name` of all items, its 95 % interval over patients (`_low`, `_high`), the published protocol's
+    `_protocol_mean` and `_protocol_sd`; `statistic(item numbers int64 [M])`, an item a frame or what `patients` lists."""
+    low, high = patient_interval_of(statistic, patients, seed=seed)
+    mean, sd = subset_protocol_of(statistic, len(patients), seed=seed)
+    return {
+        name: statistic(np.arange(len(patients))),
+        f"{name}_low": low,
+        f"{name}_high": high,
+        f"{name}_protocol_mean": mean,
+        f"{name}_protocol_sd": sd,
+    }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raysyn.config import TaskConfig
-from raysyn.metrics.bootstrap import patient_interval, patient_interval_of, subset_protocol
+from raysyn.metrics.bootstrap import with_spread
 from raysyn.metrics.classify import auroc, calibration_error
 from raysyn.tasks.fitting import FittedTask, Report, fit_task
 from raysyn.tasks.mixing import mix_frames
@@ -56,29 +56,24 @@ def predict_view_scores(fitted: FittedTask, image_u8: np.ndarray) -> np.ndarray:
 
 
 def evaluate_classification(fitted: FittedTask, test: FrameArrays, *, seed: int = 0) -> dict[str, Any]:
-    """Accuracy, AUROC from scores and calibration, each with a 95 % interval over patients; the published protocol.
+    """Accuracy, AUROC from scores and calibration, each with a 95 % interval over patients and the published protocol.
 
     Raises UserError when all test frames show one view.
     """
     scores = predict_view_scores(fitted, test.image_u8)
     truth = test.view == 1
-    right = ((scores > 0.5) == truth).astype(float)
-    found: dict[str, Any] = {"num_frames": len(test), "view_accuracy": float(right.mean())}
-    found["view_auroc"] = auroc(scores, truth)
-    found["view_calibration_error"] = calibration_error(scores, truth)
+    right = (scores > 0.5) == truth
+    auroc(scores, truth)  # refuses frames of one view
 
     def auroc_of(index: np.ndarray) -> float:
         both = 0 < truth[index].sum() < len(index)
         return auroc(scores[index], truth[index]) if both else float("nan")
 
-    intervals = {
-        "view_accuracy": patient_interval(right, test.patient_id, seed=seed),
-        "view_auroc": patient_interval_of(auroc_of, test.patient_id, seed=seed),
-        "view_calibration_error": patient_interval_of(
-            lambda index: calibration_error(scores[index], truth[index]), test.patient_id, seed=seed
-        ),
-    }
-    for name, (low, high) in intervals.items():
-        found |= {f"{name}_low": low, f"{name}_high": high}
-    mean, sd = subset_protocol(right, seed=seed)
-    return {**found, "view_accuracy_protocol_mean": mean, "view_accuracy_protocol_sd": sd}
+    found: dict[str, Any] = {"num_frames": len(test)}
+    for name, statistic in {
+        "view_accuracy": lambda index: float(right[index].mean()),
+        "view_auroc": auroc_of,
+        "view_calibration_error": lambda index: calibration_error(scores[index], truth[index]),
+    }.items():
+        found |= with_spread(name, statistic, test.patient_id, seed)
+    return found

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from raysyn.config import TaskConfig
 from raysyn.labels import TASK_CLASSES, TASK_REGIONS, to_task_classes
-from raysyn.metrics.bootstrap import patient_interval, patient_interval_of, subset_protocol
+from raysyn.metrics.bootstrap import patient_interval, subset_protocol, with_spread
 from raysyn.metrics.function import METHODS, ejection_fraction_errors
 from raysyn.metrics.overlap import dice_by_region, hausdorff
 from raysyn.tasks.fitting import FittedTask, Report, fit_task
@@ -77,18 +77,19 @@ def evaluate_segmentation(fitted: FittedTask, test: FrameArrays, *, seed: int = 
 
     Keys: `<region>_dice`, `<region>_hausdorff_<unit>`, `<region>_hd95_<unit>` (unit: mm where every spacing is known, else
     px), each with `_sd`, `_low`, `_high` and the published protocol's `_protocol_mean` and `_protocol_sd`; `mean_dice` with
-    interval and protocol; and where the frames hold ED with ES `<rule>_ef_*`, errors of the ejection fraction.
+    interval and protocol; and where the frames hold ED with ES `<rule>_ef_*`, errors of the ejection fraction, spread likewise.
     """
     predicted, truth = predict_label_maps(fitted, test.image_u8), to_task_classes(test.label_map)
     dice = dice_by_region(predicted, truth)
     scores: dict[str, Any] = {"num_frames": len(test)}
     for region, values in dice.items():
         scores |= _summary(f"{region}_dice", values, test.patient_id, seed)
-    low, high = patient_interval_of(
-        lambda index: mean_dice({region: values[index] for region, values in dice.items()}), test.patient_id, seed=seed
+    scores |= with_spread(
+        "mean_dice",
+        lambda index: mean_dice({region: values[index] for region, values in dice.items()}),
+        test.patient_id,
+        seed,
     )
-    scores |= {"mean_dice": mean_dice(dice), "mean_dice_low": low, "mean_dice_high": high}
-    scores |= _protocol("mean_dice", _mean_over_regions(dice), seed)
     known = bool(np.isfinite(test.spacing_mm).all())
     unit = "mm" if known else "px"
     for region in TASK_REGIONS:
@@ -100,14 +101,6 @@ def evaluate_segmentation(fitted: FittedTask, test: FrameArrays, *, seed: int = 
         errors = ejection_fraction_errors(predicted, truth, test, method, seed=seed)
         scores |= {f"{method}_{key}": value for key, value in errors.items()}
     return scores
-
-
-def _mean_over_regions(by_region: dict[str, np.ndarray]) -> np.ndarray:
-    """Mean over a frame's regions, float64 [N]; regions absent from both left out, NaN where all are."""
-    values = np.stack(list(by_region.values()))
-    known = np.isfinite(values)
-    total = np.where(known, values, 0).sum(0)
-    return np.divide(total, known.sum(0), out=np.full(values.shape[1], np.nan), where=known.any(0))
 
 
 def _protocol(name: str, values: np.ndarray, seed: int) -> dict[str, float]:

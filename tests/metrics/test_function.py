@@ -78,6 +78,16 @@ def test_errors_are_against_the_labels_own_and_count_what_is_undefined() -> None
     missed[0] = 0
     found = ejection_fraction_errors(missed, truth, frames)
     assert (found["ef_num_pairs"], found["ef_num_undefined"], found["ef_mae"]) == (2, 1, 0)
+    twice = np.concatenate([truth, truth, truth[:2]])
+    more = frames_of([0, 1] * 5, [p for p in "abcde" for _ in range(2)], [1] * 10)
+    off = twice.copy()
+    off[1] = ellipse(90, 20)
+    spread = ejection_fraction_errors(off, twice, more)
+    for name in ("ef_mae", "ef_bias", "ef_sd"):
+        assert spread[f"{name}_low"] < spread[name] < spread[f"{name}_high"]
+        assert spread[f"{name}_protocol_mean"] == pytest.approx(spread[name], rel=0.3)
+        assert spread[f"{name}_protocol_sd"] > 0
+    assert -1 <= spread["ef_correlation_low"] <= spread["ef_correlation"] <= spread["ef_correlation_high"] <= 1
     assert ejection_fraction_errors(truth[:1], truth[:1], frames.take([0])) == {}
     nothing = ejection_fraction_errors(np.zeros_like(truth), truth, frames)
     assert math.isnan(nothing["ef_mae"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import roc_auc_score
 
-from raysyn.metrics.bootstrap import patient_interval, patient_interval_of, subset_protocol
+from raysyn.metrics.bootstrap import patient_interval, patient_interval_of, subset_protocol, with_spread
 from raysyn.metrics.classify import auroc, calibration_error
 from raysyn.metrics.faithfulness import mean_region_dice
 from raysyn.metrics.overlap import dice, dice_by_region, hausdorff
@@ -129,3 +129,14 @@ def test_calibration_error_of_honest_and_boastful_scores() -> None:
     p = rng.uniform(0, 1, 20_000)
     assert calibration_error(p, rng.uniform(0, 1, 20_000) < p) < 0.02
     assert calibration_error(np.full(1000, 0.999), np.arange(1000) % 2 == 0) == pytest.approx(0.499, abs=0.01)
+
+
+def test_the_spread_of_a_mean_is_that_of_its_own_interval_and_protocol() -> None:
+    rng = np.random.default_rng(0)
+    values, patients = rng.normal(size=200), [str(i // 4) for i in range(200)]
+    found = with_spread("x", lambda index: float(values[index].mean()), patients)
+    assert found["x"] == values.mean()
+    assert (found["x_low"], found["x_high"]) == pytest.approx(patient_interval(values, patients), abs=0.03)
+    assert (found["x_protocol_mean"], found["x_protocol_sd"]) == pytest.approx(subset_protocol(values), abs=0.005)
+    nothing = with_spread("y", lambda index: math.nan, patients)
+    assert all(math.isnan(v) for v in nothing.values())

@@ -89,6 +89,7 @@ def test_classification_beats_chance_and_needs_both_views(frames) -> None:
     assert scores["view_accuracy_protocol_sd"] >= 0
     for name in ("view_accuracy", "view_auroc", "view_calibration_error"):
         assert 0 <= scores[f"{name}_low"] <= scores[f"{name}_high"] <= 1
+        assert scores[f"{name}_protocol_mean"] == pytest.approx(scores[name], abs=0.1)
     p = predict_view_scores(fitted, frames[2].image_u8)
     assert ((p >= 0) & (p <= 1)).all()
     only = frames[0].take(np.flatnonzero(frames[0].view == 0))
