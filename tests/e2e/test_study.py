@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import sqlite3
@@ -123,6 +124,45 @@ def test_mlflow_has_a_run_a_row_with_the_three_families(study) -> None:
     for name, key in kinds:
         families.setdefault(name, set()).add(key.split("/")[0])
     assert families["edm dpmpp_2m 2"] == {"cost", "realism", "task"}
+
+
+def test_mlflow_has_what_each_fit_logged(study) -> None:
+    """Loss by noise level, rate, gradient, cost and memory while running; pictures; the model with its signature."""
+    storage, _ = study
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        query = (
+            "select r.name, r.artifact_uri, m.key from runs r join metrics m using (run_uuid) where r.name like 'fit %'"
+        )
+        found = database.execute(query).fetchall()
+        models = database.execute("select count(*) from logged_models").fetchone()[0]
+    keys: dict[str, set[str]] = {}
+    for name, _, key in found:
+        keys.setdefault(name, set()).add(key)
+    assert set(keys) == {"fit edm", "fit edm_l128", "fit autoencoder of edm_l128"}
+    always = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images_per_second", "images_seen")}
+    always |= {"validation/loss", "cost/cpu_seconds", "cost/gpu_seconds", "system/memory_mb"}
+    for name, logged in keys.items():
+        assert always <= logged
+        assert any(key.startswith("train/loss_by_sigma/") for key in logged) == ("autoencoder" not in name)
+    for place in {uri for _, uri, _ in found}:
+        assert list(Path(place.removeprefix("file://")).rglob("*samples*")), "a sample grid with its masks"
+    assert models == 2, "the diffusion models, each once though the study was killed"
+
+
+def test_trials_are_child_runs_of_their_search(study) -> None:
+    storage, _ = study
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        tagged = "select run_uuid from tags where key = 'raysyn.kind' and value = ?"
+        searches = database.execute(tagged, ("search",)).fetchall()
+        trials = {run for (run,) in database.execute(tagged, ("trial",))}
+        parents = database.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'").fetchall()
+        scored = {run for (run,) in database.execute("select run_uuid from metrics where key = 'score'")}
+    assert len(searches) == 1
+    assert trials
+    assert set(parents) == {(trial, searches[0][0]) for trial in trials}
+    assert trials <= scored
+    manifest = json.loads(next(storage.glob("tune/*/manifest.json")).read_text())
+    assert len(trials) >= len(manifest["trials"]) > 0
 
 
 def test_a_second_run_skips_everything_and_prints_the_same_table(study) -> None:
