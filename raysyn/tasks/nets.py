@@ -105,6 +105,7 @@ def check_net(task: TaskConfig, image_size: int) -> None:
 def build_segmenter(task: TaskConfig, image_size: int) -> nn.Module:
     """image [B, 1, H, W] -> logits [B, 4, H, W]: `dynunet` (MONAI), `unet:small`, or `unet:<timm encoder>`."""
     classes = len(TASK_CLASSES)
+    _refuse_weights(task, "unet:small", "dynunet")
     if task.arch == "unet:small":
         return SmallUNet(task.width, classes)
     if task.arch == "dynunet":
@@ -126,6 +127,7 @@ def build_segmenter(task: TaskConfig, image_size: int) -> nn.Module:
 
 def build_classifier(task: TaskConfig) -> nn.Module:
     """image [B, 1, H, W] -> logits [B, 2]: `cnn:small`, or any timm model by name."""
+    _refuse_weights(task, "cnn:small")
     if task.arch == "cnn:small":
         return SmallCNN(task.width, len(VIEWS))
     import timm
@@ -133,6 +135,11 @@ def build_classifier(task: TaskConfig) -> nn.Module:
     net: Any = _known(lambda: timm.create_model(task.arch, in_chans=1, num_classes=len(VIEWS)), task)
     _load_encoder(net, task, "")
     return net
+
+
+def _refuse_weights(task: TaskConfig, *own: str) -> None:
+    if task.weights and task.arch in own:
+        raise UserError(f"task.weights: {task.arch} starts from none; set weights='' or take a timm encoder")
 
 
 def _known(make: Any, task: TaskConfig) -> Any:

@@ -207,6 +207,8 @@ def test_unknown_nets_and_weights_are_refused(tmp_path) -> None:
             build_segmenter(task, 64)
     with pytest.raises(UserError, match=r"task\.weights"):
         build_segmenter(TaskConfig(arch="unet:tf_efficientnet_lite0", weights=str(tmp_path / "none.pt")), 64)
+    with pytest.raises(UserError, match=r"task\.weights: unet:small starts from none"):
+        build_segmenter(TaskConfig(arch="unet:small", weights="embedded"), 64)
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(UserError, match=r"task\.weights: .*text\.pt is not a file of weights"):
         build_segmenter(TaskConfig(arch="unet:tf_efficientnet_lite0", weights=str(tmp_path / "text.pt")), 64)
