@@ -30,7 +30,6 @@ STYLE: dict[str, Any] = {
     "ytick.color": INK,
 }
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
-REALISM_LABELS = {"fd_lite0": "Fréchet distance fd_lite0 to held-out frames (lower is more realistic)"}
 
 
 @dataclass
@@ -209,7 +208,8 @@ def realism_figure(rows: Sequence[Row], realism: str = "fd_lite0", score: str = 
     values = [[float(number(r, k) or 0) for r in used] for k in (realism, score)]
     correlation = rank_correlation(*values)
     figure, axes = _figure("Realism against Dice")
-    axes.set_xlabel(REALISM_LABELS.get(realism, realism))
+    named = realism.removeprefix("realism/")
+    axes.set_xlabel(f"Fréchet distance {named} to held-out frames (lower is more realistic)")
     axes.set_ylabel("mean Dice on held-out frames, 95 % interval")
     extra = _ceiling(axes, rows, score)
     _scatter(axes, used, rows, realism, score)
@@ -218,7 +218,8 @@ def realism_figure(rows: Sequence[Row], realism: str = "fd_lite0", score: str = 
         correlation.text(), (0, -0.17), xycoords="axes fraction", fontsize=9, color=INK, annotation_clip=False
     )
     caption = f"{correlation.text()}. {claim_text(correlation)}"
-    return FigureOf("realism_dice", "Realism against Dice", caption, figure, _points(used, realism, score))
+    name = "realism_dice" if realism == "fd_lite0" else f"realism_dice_{named.removeprefix('fd_')}"
+    return FigureOf(name, "Realism against Dice", caption, figure, _points(used, realism, score))
 
 
 def cost_bars(rows: Sequence[Row], parts: Mapping[str, str], unit: str, name: str = "cost_bars") -> FigureOf | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def row_kind(row: Row) -> str:
 def is_generated(row: Row) -> bool:
     """The row is of images that a sampler drew: neither the ceiling nor a control."""
     return row_kind(row) == "generated"
+
+
+def frechet_keys(rows: Sequence[Row]) -> list[str]:
+    """The rows' keys of a Fréchet distance to held-out frames, one an extractor, the table's own first."""
+    found = {key for row in rows for key in row if re.fullmatch(r"(realism/)?fd_[\w.]+", key)}
+    return sorted(
+        (k for k in found if not k.endswith(("_baseline", "_low", "_high", "_sd"))), key=lambda k: ("/" in k, k)
+    )
 
 
 def row_metrics(row: Row) -> dict[str, float]:

@@ -24,7 +24,7 @@ from raysyn.report.figures import (
 )
 from raysyn.report.grids import colour_key, hero_picture, sample_grid
 from raysyn.report.html import page_html
-from raysyn.report.table import Row, number, write_tables
+from raysyn.report.table import Row, frechet_keys, number, write_tables
 from raysyn.types import FrameArrays
 
 COST_PARTS = {
@@ -113,7 +113,7 @@ def study_figures(
     unit = f"{device.upper()}-seconds"
     made = [
         cost_figure(rows, "seconds_per_image", "Sampling cost (seconds an image)", "cost_dice"),
-        realism_figure(rows),
+        *(realism_figure(rows, key) for key in frechet_keys(rows)),
         cost_figure(rows, f"cost/total_{device}_seconds", f"Whole cost of a set ({unit})", "total_cost_dice"),
         cost_bars(rows, parts, unit),
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from raysyn.config import TrackingConfig
 from raysyn.report.figures import PALETTE
-from raysyn.report.table import COLUMNS, METRIC_NAMES, Row, row_kind, row_metrics, row_name
+from raysyn.report.table import COLUMNS, METRIC_NAMES, Row, frechet_keys, row_kind, row_metrics, row_name
 from raysyn.tracking.places import open_client
 from raysyn.tracking.tracker import Tracker
 
@@ -18,14 +19,7 @@ KIND_TAG, VIEW_KEY = "raysyn.kind", "study"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 ROWS_AT_ONCE = 4  # each run has a connection of its own, and MLflow's pool holds fifteen
 ROW_PARAMS = ("trained_on", "model", "space", "solver", "num_steps")
-CHARTS = (
-    ("cost/sample_seconds_per_image", "task/mean_dice"),
-    ("realism/fd_lite0", "task/mean_dice"),
-    ("task/mean_dice", ""),
-    ("task/view_accuracy", ""),
-    ("cost/sample_seconds_per_image", ""),
-    ("realism/fd_lite0", ""),
-)
+SCORES, COST = ("task/mean_dice", "task/view_accuracy"), "cost/sample_seconds_per_image"
 
 
 def log_study(
@@ -63,7 +57,7 @@ def log_study(
     study = Tracker.start(config, storage, "study", params, {**tags, KIND_TAG: "study"}, key=f"{fingerprint}/study")
     if report_folder is not None:
         study.log_artifact(report_folder, "report")
-    study.on_server("the study's view", _save_view)
+    study.on_server("the study's view", partial(_save_view, [METRIC_NAMES.get(k, k) for k in frechet_keys(rows)]))
     return dropped + _finish_all([study], patient=not dropped)
 
 
@@ -77,13 +71,17 @@ def _finish_all(runs: Sequence[Tracker], *, patient: bool) -> int:
     return dropped
 
 
-def view_state() -> dict[str, Any]:
-    """What MLflow's runs page shows under the view `study`: the table's columns, and cost and realism against Dice."""
+def view_state(realism: Sequence[str]) -> dict[str, Any]:
+    """What MLflow's runs page shows under the view `study`: the table's columns, and cost and realism against Dice.
+
+    `realism`: the metrics that measure it, one an extractor.
+    """
+    scattered = [(first, SCORES[0]) for first in (COST, *realism)]
     chosen = [f"params.`{p}`" for p in ROW_PARAMS] + [
         f"metrics.`{METRIC_NAMES[c]}`" for c in COLUMNS if c in METRIC_NAMES
     ]
     charts = []
-    for i, (first, second) in enumerate(CHARTS):
+    for i, (first, second) in enumerate([*scattered, *((name, "") for name in (*SCORES, COST, *realism))]):
         chart: dict[str, Any] = {
             "uuid": f"chart-{i}",
             "metricSectionId": "study",
@@ -114,9 +112,9 @@ def view_state() -> dict[str, Any]:
     }
 
 
-def _save_view(client: Any, run_id: str) -> None:
+def _save_view(realism: Sequence[str], client: Any, run_id: str) -> None:
     experiment = client.get_run(run_id).info.experiment_id
-    client.set_experiment_tag(experiment, VIEW_TAG, json.dumps(view_state()))
+    client.set_experiment_tag(experiment, VIEW_TAG, json.dumps(view_state(realism)))
 
 
 def view_path(experiment_id: str, *, charts: bool = True) -> str:

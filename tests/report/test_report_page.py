@@ -23,7 +23,8 @@ from raysyn.report.figures import (
     trials_figure,
 )
 from raysyn.report.grids import GAP, MARGIN, hero_picture, sample_grid, spread, tile_rows, worst_pairs
-from raysyn.report.write import write_pictures
+from raysyn.report.table import frechet_keys
+from raysyn.report.write import study_figures, write_pictures
 from raysyn.types import FrameArrays
 
 
@@ -172,6 +173,23 @@ def test_the_realism_figure_gives_the_correlation_and_its_rows() -> None:
     few = realism_figure(study(steps=(5,)))
     assert few is not None
     assert "cannot be tested on 2 rows" in few.caption
+
+
+def test_each_extractor_has_its_realism_figure() -> None:
+    rows = [
+        {
+            **row,
+            "realism/fd_inception": 50.0 + i,
+            "realism/fd_inception_baseline": 20.0,
+            "realism/fd_resnet18.a1": 3.0 * i,
+        }
+        for i, row in enumerate(study(steps=(5, 8, 10)))
+    ]
+    assert frechet_keys(rows) == ["fd_lite0", "realism/fd_inception", "realism/fd_resnet18.a1"]
+    made = {figure.name: figure for figure in study_figures(rows, {})}
+    assert {"realism_dice", "realism_dice_inception", "realism_dice_resnet18.a1"} <= set(made)
+    (axes,) = made["realism_dice_inception"].figure.axes
+    assert axes.get_xlabel() == "Fréchet distance fd_inception to held-out frames (lower is more realistic)"
 
 
 def test_labels_of_points_do_not_overlap() -> None:
