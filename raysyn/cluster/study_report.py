@@ -43,7 +43,7 @@ def _identity(config: CompareJob, row: Any) -> dict[str, Any]:
         return {
             "trained_on": "control",
             **own,
-            "model": f"{row.model.label} {row.key}",
+            "model": f"{row.model.label} {row.key.removeprefix('control ')}",
             "solver": "",
             "num_steps": None,
         }

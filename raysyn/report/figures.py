@@ -266,6 +266,10 @@ def curve_figure(
     if log_x:
         axes.set_xscale("log")
         _plain_log_ticks(axes)
+    places = sorted({p["x"] for p in points})
+    if len(places) <= 8:
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.set_xticks([], minor=True)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if axes.get_legend_handles_labels()[1]:

@@ -45,7 +45,7 @@ HEADINGS = {
     "trained_on": "trained on",
     "num_steps": "steps",
     "num_function_evals": "evals",
-    "seconds_per_image": "s/image",
+    "seconds_per_image": "s/img",
     "fd_lite0": "FD lite0",
     "lv_endo_dice": "LV endo",
     "lv_epi_dice": "LV epi",

@@ -24,7 +24,7 @@ from raysyn.report.figures import (
 )
 from raysyn.report.grids import colour_key, hero_picture, sample_grid
 from raysyn.report.html import page_html
-from raysyn.report.table import Row, frechet_keys, number, write_tables
+from raysyn.report.table import Row, frechet_keys, number, row_kind, write_tables
 from raysyn.types import FrameArrays
 
 COST_PARTS = {
@@ -37,7 +37,7 @@ COST_PARTS = {
 CURVES = {
     "learning": ("Learning curves", "images seen", "validation loss of the averaged weights", False),
     "num_synthetic": ("Dice against the number of synthetic frames", "synthetic frames", "mean Dice", True),
-    "real_fraction": ("Dice against the share of real frames", "real fraction", "mean Dice", False),
+    "real_fraction": ("Dice against the share of {} frames", "share of {} frames", "mean Dice", False),
 }
 
 
@@ -117,9 +117,10 @@ def study_figures(
         cost_figure(rows, f"cost/total_{device}_seconds", f"Whole cost of a set ({unit})", "total_cost_dice"),
         cost_bars(rows, parts, unit),
     ]
+    real = next((str(r["trained_on"]) for r in rows if row_kind(r) == "ceiling"), "real")
     for name, points in curves.items():
         heading, xlabel, ylabel, log_x = CURVES.get(name, (name, "x", "y", False))
-        made.append(curve_figure(name, heading, xlabel, ylabel, points, log_x))
+        made.append(curve_figure(name, heading.format(real), xlabel.format(real), ylabel, points, log_x))
     made.append(trials_figure(trials))
     return [figure for figure in made if figure is not None]
 
