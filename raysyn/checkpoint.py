@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from raysyn.diffusion.precondition import EDM, IDDPM, VE, VP, Denoiser, Preconditioning
+from raysyn.nets.spade import num_groups
 from raysyn.nets.unet import SemanticUNet
-from raysyn.reference_format import Record, read_pickle
+from raysyn.reference_format import PLAIN_NUMBER, Record, read_pickle
 from raysyn.types import UserError
 
 PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
@@ -23,7 +24,7 @@ UNETS = ("DhariwalUNet", "SongUNet")
 # bias would act, which `_fold_label_bias` takes.
 IGNORED = re.compile(r"(^|\.)(resample_filter|map_label\.\w+|map_augment\.\w+|u)$")
 MAX_DEPTH, MAX_NODES, MAX_KEY = 16, 100_000, 200
-OLD_TORCH_SAVE = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+OLD_TORCH_SAVE = pickle.dumps(PLAIN_NUMBER, 2)
 
 
 def import_reference(file: str | Path) -> Denoiser:
@@ -116,6 +117,9 @@ def _check_settings(named: dict[str, Tensor], modules: dict[str, Record], name: 
         rules = {"skip_scale": math.sqrt(0.5) if song else 1.0, "adaptive_scale": not song}
         if not module.state.get("_modules"):  # a norm; those inside SPADE are called so
             rules["eps"] = 1e-6 if song and not key.endswith(".norm") else 1e-5
+            weight = named.get(f"{key}.weight")
+            if "num_groups" in module.state and weight is not None:
+                rules["num_groups"] = num_groups(weight.shape[0])
         for setting, wanted in rules.items():
             found = module.state.get(setting, wanted)
             if isinstance(found, (int, float)) and not math.isclose(found, wanted, rel_tol=1e-4):

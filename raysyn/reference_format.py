@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from raysyn.types import UserError
 
 MAX_ARGUMENTS = 8
+PLAIN_NUMBER, PLAIN_VERSION = 0x1950A86A20F9469CFC6C, 1001  # how torch.save's plain format begins
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,15 @@ def _persistent(meta: Any) -> Record:
 
 
 def _storage(data: Any) -> torch.Tensor:
-    """Bytes of a torch.save of one storage → the flat tensor of it."""
+    """Bytes of a torch.save of one storage, as `torch.storage._load_from_bytes` takes them → the flat tensor of it."""
     if not isinstance(data, bytes):
         raise Refused("a storage that is not bytes")
-    _check_plain_storage(data)
-    loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(loaded, torch.storage.TypedStorage):
-        raise Refused("a storage whose bytes hold something else")
-    raw = loaded._untyped_storage
-    return torch.tensor([], dtype=loaded.dtype).set_(raw, 0, (raw.nbytes() // loaded.dtype.itemsize,))
-
-
-def _check_plain_storage(data: bytes) -> None:
-    """Refuse bytes that make torch's reader call, build or allocate anything but one storage no larger than they are.
-
-    A torch.save in torch's plain format is four pickles (a number, the version, the system, the storage), then raw bytes.
-    """
-    stream = io.BytesIO(data)
-    for part in range(4):
-        for count, (code, value, _) in enumerate(pickletools.genops(stream)):
-            if count > 100 or code.name in ("REDUCE", "NEWOBJ", "BUILD", "NEWOBJ_EX", "INST", "OBJ"):
-                raise Refused("a storage whose bytes hold something else")
-            if part == 3 and type(value) is int and value > len(data):
-                raise Refused("a storage larger than its bytes")
+    try:
+        return _PlainStorage(data).tensor
+    except (Refused, RecursionError):
+        raise
+    except Exception as error:  # whatever damaged bytes provoke in pickle
+        raise Refused("a storage whose bytes hold something else") from error
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
@@ -122,9 +108,20 @@ def _container(pairs: Any = ()) -> OrderedDict:
     if not isinstance(pairs, (list, tuple)):
         raise Refused("an ordered dict of something else than pairs")
     for pair in pairs:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or type(pair[0]) not in (str, int):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not _is_key(pair[0]):
             raise Refused("an ordered dict of something else than pairs")
     return OrderedDict((k, v) for k, v in pairs)
+
+
+def _is_key(value: Any) -> bool:
+    """What a dict may have for a key: a nested tuple could take forever to hash, large numbers could all hash alike."""
+    return type(value) is str or (type(value) is int and abs(value) < 2**32)
+
+
+def _names(items: Any = ()) -> set:
+    if not isinstance(items, list) or not all(_is_key(i) for i in items):
+        raise Refused("a set of something else than names")
+    return set(items)
 
 
 CALLABLE: dict[tuple[str, str], Callable[..., Any]] = {
@@ -136,6 +133,7 @@ CALLABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.storage", "_load_from_bytes"): _storage,
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     ("numpy", "dtype"): _dtype,
+    ("builtins", "set"): _names,  # how older pickles write the (empty) set that each of torch's modules keeps
 }
 STORAGES = {  # the types that torch.save names, and what a record of each holds
     "FloatStorage": torch.float32,
@@ -171,8 +169,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
     append: Any
     pop_mark: Any
 
-    def __init__(self, data: bytes, allowance: int, archive: _Archive | None = None) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, data: io.BytesIO, allowance: int, archive: _Archive | _PlainStorage | None = None) -> None:
+        super().__init__(data)
         self.allowance, self.archive = allowance, archive
 
     def _spend(self, amount: int) -> None:
@@ -180,7 +178,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
         if self.allowance < 0:
             raise Refused("it uses the same data again and again")
 
-    def persistent_load(self, pid: Any) -> torch.Tensor:
+    def persistent_load(self, pid: Any) -> torch.Tensor | None:
         if self.archive is None:
             raise Refused("it names data outside the pickle")
         return self.archive.storage(pid)
@@ -234,8 +232,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
         if not isinstance(target, dict):
             raise Refused("items for something that is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int):  # a nested tuple as a key could take forever to hash
-                raise Refused("a dict key that is no text and no number")
+            if not _is_key(key):
+                raise Refused("a dict key that is no text and no small number")
             target[key] = value
 
     def load_setitem(self) -> None:
@@ -263,7 +261,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
 
     def load_additems(self) -> None:
         items = self.pop_mark()
-        if type(self.stack[-1]) is not set or not all(type(i) in (str, int) for i in items):
+        if type(self.stack[-1]) is not set or not all(_is_key(i) for i in items):
             raise Refused("a set of something else than names")
         self.stack[-1].update(items)
 
@@ -291,6 +289,36 @@ _Reader.dispatch = {
     code: (base if bytes([code]) in ALLOWED_OPCODES else _refuse)
     for code, base in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
 } | {op[0]: method for op, method in _OWN.items()}
+
+
+class _PlainStorage:
+    """torch.save's plain format of one storage, read here: torch's own reader would allocate whatever the bytes say.
+
+    Five pickles (a number, the version, the system, the storage, the list of its key), its length, its raw bytes.
+    """
+
+    tensor: torch.Tensor
+
+    def __init__(self, data: bytes) -> None:
+        self.named: tuple[Any, ...] = ()
+        stream = io.BytesIO(data)
+        parts = [_Reader(stream, 2 * len(data) + 1000, self).load() for _ in range(5)]
+        number, version, system, _, keys = parts
+        little = isinstance(system, dict) and system.get("little_endian") is True
+        if (number, version, little) != (PLAIN_NUMBER, PLAIN_VERSION, True) or not self.named:
+            raise Refused("a storage whose bytes hold something else")
+        dtype, key, length = self.named
+        said, raw = stream.read(8), bytearray(stream.read())
+        if keys != [key] or int.from_bytes(said, "little") != length or len(raw) != length * dtype.itemsize:
+            raise Refused("a storage of another size than its bytes")
+        self.tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+    def storage(self, pid: Any) -> None:
+        """Take in ('storage', type, key, device, length, None)."""
+        fits = isinstance(pid, tuple) and len(pid) == 6 and isinstance(pid[1], Token) and isinstance(pid[2], str)
+        if self.named or not fits or pid[0] != "storage" or pid[5] is not None or type(pid[4]) is not int:
+            raise Refused("a storage in no form of torch's")
+        self.named = STORAGES[pid[1].name], pid[2], pid[4]
 
 
 class _Archive:
@@ -330,7 +358,7 @@ def read_pickle(data: bytes, name: str) -> Any:
     """
     try:
         archive = _Archive(data) if data[:2] == b"PK" else None
-        return _Reader(archive.pickle() if archive else data, 2 * len(data) + 1000, archive).load()
+        return _Reader(io.BytesIO(archive.pickle() if archive else data), 2 * len(data) + 1000, archive).load()
     except Refused as error:
         raise UserError(f"{name}: refused: {error}; only the reference's checkpoint format is read") from None
     except RecursionError:

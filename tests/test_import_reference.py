@@ -7,6 +7,8 @@ import contextlib
 import io
 import math
 import pickle
+import pickletools
+import resource
 import struct
 import sys
 import time
@@ -366,6 +368,9 @@ def test_a_net_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "x.pkl", net, settings={"model.dec.8x8_in1.norm0.norm.": {"eps": 1e-3}})
     with pytest.raises(UserError, match=r"eps is 0\.001, not the published 1e-05"):
         import_reference(tmp_path / "x.pkl")
+    write_checkpoint(tmp_path / "x.pkl", net, settings={"model.dec.8x8_in1.norm0.norm.": {"num_groups": 1}})
+    with pytest.raises(UserError, match=r"norm0\.norm\.num_groups is 1, not the published"):
+        import_reference(tmp_path / "x.pkl")
     write_checkpoint(
         tmp_path / "x.pkl", net, extra={"model.dec.16x16_up.conv0.resample_filter": torch.ones(1, 1, 4, 4)}
     )
@@ -465,6 +470,20 @@ def named(module: str, name: str) -> bytes:
     return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
 
 
+def packed_storage() -> bytes:
+    """A deflated archive of a large storage whose first bytes also read as empty pickles."""
+    data = io.BytesIO()
+    key = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ"
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(zipfile.ZipInfo(f"a/{name}"), content)
+        archive.writestr("a/data.pkl", b"\x80\x02" + key + struct.pack("<i", 10**7) + b"tQ.")
+        archive.writestr("a/data/0", bytes(4 * 10**7), compresslevel=9)
+    made = bytearray(data.getvalue())
+    made[4:9] = b"\n...."
+    return bytes(made)
+
+
 def again_and_again() -> dict[str, bytes]:
     """Small files whose naive reading would take forever or fill the memory, and an instruction a byte to do so."""
     bytes_of = stored(100_000)
@@ -473,6 +492,24 @@ def again_and_again() -> dict[str, bytes]:
     nest = b"]\x94" + b"".join(b"0]\x94(h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)) + b"0"
     many = b"(" + b"K\x00" * 50_000 + b"tq\x000"
     claims = bytes_of.replace(struct.pack("<i", 100_000), struct.pack("<i", 2**31 - 1))
+    ends = io.BytesIO(stored(1))
+    for _ in range(4):
+        list(pickletools.genops(ends))
+    head = ends.getvalue()[: ends.tell()]
+    array = (
+        pickle.PROTO
+        + b"\x02"
+        + named("builtins", "bytearray")
+        + b"\x8a\x05"
+        + (2 * 10**9).to_bytes(5, "little")
+        + b"\x85R."
+    )
+    alike = [b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") for k in range(1, 50_000)]
+
+    def one(storage: bytes) -> bytes:
+        length = struct.pack("<I", len(storage))
+        return named("torch.storage", "_load_from_bytes") + pickle.BINBYTES + length + storage + b"\x85R."
+
     calls = stored(1).replace(b".", b"R.")
     return {
         "one storage, often": storage
@@ -488,11 +525,12 @@ def again_and_again() -> dict[str, bytes]:
         + b"q\x000"
         + named("torch.storage", "_load_from_bytes")
         + b"h\x00\x85R.",
-        "a storage that calls": named("torch.storage", "_load_from_bytes")
-        + pickle.BINBYTES
-        + struct.pack("<I", len(calls))
-        + calls
-        + b"\x85R.",
+        "a storage that calls": one(calls),
+        "a storage whose keys are a call": one(head + array),
+        "a storage without a key": one(head + pickle.PROTO + b"\x02]." + bytes(5000)),
+        "a storage that is an archive": one(packed_storage()),
+        "numbers that hash alike": b"}(" + b"".join(key + b"N" for key in alike) + b"u.",
+        "a set of numbers that hash alike": pickle.EMPTY_SET + b"(" + b"".join(alike) + b"\x90.",
         "a call of an object": named("torch.nn.modules.container", "Sequential") + b")\x81)R.",
     }
 
@@ -501,10 +539,11 @@ def again_and_again() -> dict[str, bytes]:
 @pytest.mark.parametrize("which", again_and_again())
 def test_small_files_cannot_ask_for_endless_work_or_memory(which: str, tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(b"\x80\x04" + again_and_again()[which])
-    started = time.process_time()
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="refused"):
         import_reference(tmp_path / "x.pkl")
     assert time.process_time() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "in KiB"
 
 
 def test_modules_named_again_and_again_end_in_an_error(tmp_path: Path) -> None:
