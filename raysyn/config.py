@@ -184,7 +184,11 @@ class VAEConfig:
 
 @dataclass
 class SamplerConfig:
-    """How images are drawn. None for a σ bound means the preconditioning's own (REFERENCE §2, sampler family)."""
+    """How images are drawn (REFERENCE §2, sampler family). None for a σ bound means the preconditioning's own.
+
+    `schedule` and `scaling` act in euler, heun, generalised and reference_heun; `s_*` in stochastic_heun alone, where
+    None for `s_churn` means the published 40.
+    """
 
     solver: str = "heun"
     num_steps: int = 25
@@ -194,7 +198,7 @@ class SamplerConfig:
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float = 7.0
-    s_churn: float = 0.0
+    s_churn: float | None = None
     s_min: float = 0.02
     s_max: float = 100.0
     s_noise: float = 1.003

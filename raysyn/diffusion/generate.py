@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raysyn.config import SamplerConfig
-from raysyn.diffusion.noise import seeded_noise, sigma_grid
+from raysyn.diffusion.noise import seeded_noise, sigma_grid, sigma_range
 from raysyn.diffusion.precondition import Denoiser, Preconditioning
-from raysyn.diffusion.solvers import SOLVERS
+from raysyn.diffusion.solvers import S_CHURN, SOLVERS
 from raysyn.types import UserError
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +31,7 @@ def num_network_evals(sampler: SamplerConfig, precondition: Preconditioning) -> 
         return torch.zeros_like(x)
 
     shape = (1, 1, 1)
-    SOLVERS[sampler.solver](
+    _solver(sampler)(
         denoise,
         torch.zeros(1, *shape),
         sigma_grid(sampler, precondition),
@@ -64,9 +65,7 @@ def generate(
     dtype = AMP_DTYPES.get(amp)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         denoise = _guided(denoiser, one_hot, sampler, modulation_cache_bytes)
-        return SOLVERS[sampler.solver](
-            denoise, x, sigmas, **_solver_options(denoiser.precondition, sampler, seeds, shape)
-        )
+        return _solver(sampler)(denoise, x, sigmas, **_solver_options(denoiser.precondition, sampler, seeds, shape))
 
 
 def _guides(sampler: SamplerConfig, sigma: Tensor) -> bool:
@@ -109,11 +108,25 @@ def _guided(denoiser: Denoiser, one_hot: Tensor, sampler: SamplerConfig, cache_b
     return denoise
 
 
+def _solver(sampler: SamplerConfig) -> Callable[..., Tensor]:
+    """The sampler's solver. Euler and Heun on a schedule or a scaling are the generalised family's."""
+    if sampler.solver in ("euler", "heun") and _is_generalised(sampler):
+        return partial(SOLVERS["generalised"], second_order=sampler.solver == "heun")
+    return SOLVERS[sampler.solver]
+
+
+def _is_generalised(sampler: SamplerConfig) -> bool:
+    if sampler.solver in ("euler", "heun"):
+        return (sampler.schedule, sampler.scaling) != ("linear", "none")
+    return sampler.solver in ("generalised", "reference_heun")
+
+
 def _solver_options(
     precondition: Preconditioning, sampler: SamplerConfig, seeds: Sequence[int], shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-    if sampler.solver in ("generalised", "reference_heun"):
-        return {"schedule": sampler.schedule, "scaling": sampler.scaling}
+    if _is_generalised(sampler):
+        between = sigma_range(sampler, precondition)
+        return {"schedule": sampler.schedule, "scaling": sampler.scaling, "sigma_range": between}
     if sampler.solver not in ("stochastic_heun", "ddpm"):
         return {}
     # A stream of its own, not the one that drew x: else the first fresh noise would equal the initial one.
@@ -125,5 +138,6 @@ def _solver_options(
 
     if sampler.solver == "ddpm":
         return {"noise": noise}
-    churn = {"s_churn": sampler.s_churn, "s_min": sampler.s_min, "s_max": sampler.s_max, "s_noise": sampler.s_noise}
+    s_churn = S_CHURN if sampler.s_churn is None else sampler.s_churn
+    churn = {"s_churn": s_churn, "s_min": sampler.s_min, "s_max": sampler.s_max, "s_noise": sampler.s_noise}
     return {"noise": noise, "round_sigma": precondition.round_sigma, **churn}

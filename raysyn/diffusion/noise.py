@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raysyn.config import SamplerConfig
-from raysyn.diffusion.precondition import Preconditioning, iddpm_table, vp_sigma
+from raysyn.diffusion.precondition import IDDPM, Preconditioning, iddpm_table, vp_sigma
 from raysyn.types import UserError
 
 EPSILON_S = 1e-3
@@ -69,13 +69,18 @@ def sigma_range(sampler: SamplerConfig, precondition: Preconditioning) -> tuple[
     t = torch.tensor([EPSILON_S, 1.0], dtype=torch.float64)
     low, high = RANGES.get(sampler.discretization) or tuple(vp_sigma(t).tolist())
     if sampler.solver == "ddpm" and sampler.discretization == "iddpm":
-        high = float(iddpm_table()[0])
+        high = float(_levels(precondition)[0])
     low = low if sampler.sigma_min is None else sampler.sigma_min
     high = high if sampler.sigma_max is None else sampler.sigma_max
     low, high = max(low, precondition.sigma_min), min(high, precondition.sigma_max)
     if low >= high:
         raise UserError(f"sigma_min: {low:g} is not below sigma_max {high:g} within what the network supports")
     return low, high
+
+
+def _levels(precondition: Preconditioning) -> Tensor:
+    """The table of the iDDPM discretisation: the network's own where it was trained on one."""
+    return precondition.table.cpu() if isinstance(precondition, IDDPM) else iddpm_table()
 
 
 def sigma_grid(sampler: SamplerConfig, precondition: Preconditioning) -> Tensor:
@@ -85,7 +90,7 @@ def sigma_grid(sampler: SamplerConfig, precondition: Preconditioning) -> Tensor:
     if kind == "edm":
         sigmas = karras_sigmas(n, sigma_min=low, sigma_max=high, rho=sampler.rho)
     elif kind == "iddpm":
-        sigmas = iddpm_sigmas(n, sigma_min=low, sigma_max=high)
+        sigmas = iddpm_sigmas(n, sigma_min=low, sigma_max=high, table=_levels(precondition))
     else:
         sigmas = {"vp": vp_sigmas, "ve": ve_sigmas}[kind](n, sigma_min=low, sigma_max=high)
     rounded = _with_zero(precondition.round_sigma(sigmas[:-1].to(torch.float64)).cpu())

@@ -17,6 +17,8 @@ from torch import Tensor
 from raysyn.diffusion.noise import EPSILON_S, vp_betas
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Range = tuple[float, float]
+S_CHURN = 40.0  # the published amount of fresh noise
 Noise = Callable[[Tensor], Tensor]  # standard normal noise of its argument's shape, dtype and device
 
 
@@ -57,7 +59,7 @@ def solve_stochastic_heun(
     sigmas: Tensor,
     *,
     noise: Noise = torch.randn_like,
-    s_churn: float = 40.0,
+    s_churn: float = S_CHURN,
     s_min: float = 0.02,
     s_max: float = 100.0,
     s_noise: float = 1.003,
@@ -177,9 +179,11 @@ def _schedule(name: str, sigma_min: float, sigma_max: float) -> tuple[Callable, 
     return sigma, slope, inverse
 
 
-def _integrate(denoise: Denoise, x: Tensor, sigmas: Tensor, schedule: str, scaling: str, second: str, /) -> Tensor:
+def _integrate(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, schedule: str, scaling: str, second: str, between: Range | None, /
+) -> Tensor:
     """Algorithm 1. `second` is where the second slope's estimate comes from: "predicted", "repeated" or "" for none."""
-    top, bottom = float(sigmas[0]), float(sigmas[-2])
+    bottom, top = between or (float(sigmas[-2]), float(sigmas[0]))
     sigma_of, slope_of, time_of = _schedule(schedule, bottom, top)
     times = [time_of(s) if s > 0 else 0.0 for s in sigmas.double().tolist()]
 
@@ -214,23 +218,31 @@ def solve_generalised(
     schedule: str = "linear",
     scaling: str = "none",
     second_order: bool = True,
+    sigma_range: Range | None = None,
 ) -> Tensor:
     """Algorithm 1 for any schedule σ(t) and scaling s(t) of Table 1; linear and none make it `solve_heun`.
 
-    dx/dt = (σ'/σ + s'/s)·x − (σ's/σ)·D(x/s; σ). 2N−1 evaluations, N of first order.
+    dx/dt = (σ'/σ + s'/s)·x − (σ's/σ)·D(x/s; σ). 2N−1 evaluations, N of first order. The vp schedule's β come from
+    `sigma_range` (lowest, highest), which is the grid's own unless given; a grid of one step does not tell it.
     """
-    return _integrate(denoise, x, sigmas, schedule, scaling, "predicted" if second_order else "")
+    return _integrate(denoise, x, sigmas, schedule, scaling, "predicted" if second_order else "", sigma_range)
 
 
 def solve_reference_heun(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: str = "linear", scaling: str = "none"
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    schedule: str = "linear",
+    scaling: str = "none",
+    sigma_range: Range | None = None,
 ) -> Tensor:
     """For like-for-like runs only: the second slope reuses an evaluation at the old point (x̂, t̂), 2N−1 in all.
 
     With the linear schedule that is Euler at twice the price. With those of vp and ve it is of first order as well, and
     at few steps far off: on Gaussian data 5 vp steps end with an error of 13 where the right branch has 0.07.
     """
-    return _integrate(denoise, x, sigmas, schedule, scaling, "repeated")
+    return _integrate(denoise, x, sigmas, schedule, scaling, "repeated", sigma_range)
 
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {

@@ -1,11 +1,15 @@
 """Evaluations are counted exactly: with guidance in an interval, two where it applies and one elsewhere."""
 
+import math
+
 import pytest
 import torch
 
 from raysyn.config import SOLVERS, SamplerConfig
 from raysyn.diffusion.generate import generate, num_network_evals
-from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
+from raysyn.diffusion.noise import sigma_grid, vp_betas
+from raysyn.diffusion.precondition import IDDPM, PRECONDITIONINGS, Denoiser
+from raysyn.diffusion.solvers import solve_generalised
 from raysyn.nets.unet import SemanticUNet
 
 SHAPE = (1, 16, 16)
@@ -55,3 +59,55 @@ def test_guidance_in_a_narrow_interval_costs_less_than_everywhere() -> None:
     narrow = SamplerConfig(guidance_scale=3.0, guidance_sigma_min=0.2, guidance_sigma_max=5.0, **grid)
     assert (plain, everywhere) == (10, 20)
     assert plain < num_network_evals(narrow, precondition) < everywhere
+
+
+def drawn(net: SemanticUNet, solver: str, **settings) -> torch.Tensor:
+    sampler = SamplerConfig(solver=solver, num_steps=4, sigma_min=0.02, sigma_max=20.0, **settings)
+    denoiser = Denoiser(net, PRECONDITIONINGS["edm"]())
+    return generate(denoiser, torch.zeros(1, 10, 16, 16), [3], sampler, shape=SHAPE)
+
+
+def test_euler_and_heun_take_the_schedule_and_the_scaling(net) -> None:
+    vp = {"discretization": "vp", "schedule": "vp", "scaling": "vp"}
+    assert torch.equal(drawn(net, "heun", **vp), drawn(net, "generalised", **vp))
+    for solver in ("heun", "euler"):
+        assert not torch.allclose(drawn(net, solver, **vp), drawn(net, solver, discretization="vp"), atol=1e-3)
+    assert not torch.allclose(drawn(net, "euler", **vp), drawn(net, "heun", **vp), atol=1e-3)
+    precondition = PRECONDITIONINGS["edm"]()
+    counts = [num_network_evals(SamplerConfig(solver=s, num_steps=4, **vp), precondition) for s in ("euler", "heun")]
+    assert counts == [4, 7]
+
+
+def test_stochastic_heun_is_stochastic_unless_told_otherwise(net) -> None:
+    assert torch.equal(drawn(net, "stochastic_heun", s_churn=0.0), drawn(net, "heun"))
+    assert torch.equal(drawn(net, "stochastic_heun"), drawn(net, "stochastic_heun", s_churn=40.0))
+    assert not torch.allclose(drawn(net, "stochastic_heun"), drawn(net, "heun"), atol=1e-2)
+
+
+def test_the_vp_schedule_of_a_single_step_is_that_of_the_range() -> None:
+    """One Euler step of D = 0 from σ_max = σ(1): x·s(1)·(1 − σ'/σ − s'/s) over t = 1, closed form."""
+    low, high = 0.002, 80.0
+    sampler = SamplerConfig(solver="euler", num_steps=1, schedule="vp", scaling="vp", discretization="vp")
+    beta_d, beta_min = vp_betas(low, high)
+    x = torch.full((1, 1, 1, 1), high, dtype=torch.float64)
+    end = solve_generalised(
+        lambda x, sigma: torch.zeros_like(x),
+        x,
+        torch.tensor([high, 0.0], dtype=torch.float64),
+        schedule=sampler.schedule,
+        scaling=sampler.scaling,
+        sigma_range=(low, high),
+    )
+    s = 1 / math.sqrt(1 + high**2)
+    slope = 0.5 * (beta_min + beta_d) * (high + 1 / high)  # σ'(1)
+    expected = high * s * (1 - slope / high + high * slope * s * s)
+    assert float(end) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_levels_are_those_of_the_networks_own_table() -> None:
+    own = IDDPM(4000)
+    sampler = SamplerConfig(solver="ddpm", num_steps=4000, discretization="iddpm", sigma_min=1e-6)
+    grid = sigma_grid(sampler, own)
+    assert torch.equal(grid[:-1], own.table[:-1])
+    few = sigma_grid(SamplerConfig(num_steps=7, discretization="iddpm"), own)
+    assert all(float((own.table - level).abs().min()) == 0 for level in few)
