@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from raysyn.compose import build
 from raysyn.config import ModelConfig
-from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
-from raysyn.nets.codecs import LatentCodec, PixelCodec
+from raysyn.diffusion.generate import AMP_DTYPES
 from raysyn.nets.gamma_vae import GammaVAE
 from raysyn.nets.unet import SemanticUNet
-from raysyn.pipeline import FittedModel, check_maps, save_model, synthesize_images
+from raysyn.pipeline import assemble, check_maps, check_model_dir, guidance_doubt, save_model, synthesize_images
 from raysyn.types import UserError
 
 
@@ -37,14 +39,18 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, vae=vae)
         self.register_to_config(settings=settings)
         config = build(ModelConfig, settings["config"])
-        denoiser = Denoiser(unet, PRECONDITIONINGS[config.precondition]()).eval()
-        codec = LatentCodec(vae) if vae is not None else PixelCodec()
-        self.model = FittedModel(denoiser, codec, config, settings["image_size"], "")
+        self.model = assemble(unet, vae, config, settings["image_size"], "", "pipeline")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
-        """Read a model folder (any of diffusers' options may be given)."""
-        return super().from_pretrained(folder, **{"low_cpu_mem_usage": False, **options})
+        """Read a model folder (any of diffusers' options may be given but another dtype: `amp` is for that).
+
+        Raises UserError for a folder that is missing, altered or another model's.
+        """
+        if options.pop("torch_dtype", torch.float32) != torch.float32:
+            raise UserError("torch_dtype: weights are kept in fp32; pass amp='bf16' when drawing")
+        check_model_dir(Path(folder))  # refuses what must not be drawn from: diffusers itself checks nothing
+        return super().from_pretrained(str(folder), **{"low_cpu_mem_usage": False, **options})
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **facts: Any) -> None:
         """Write a model folder, `facts` in its card; the weights at hand stand for the averaged and the raw ones.
@@ -67,22 +73,32 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
         solver: str | None = None,
         guidance_scale: float | None = None,
         output_type: str = "np",
+        amp: str = "none",
     ) -> Any:
         """label_maps uint8 [B, H, W] with values 0 to 4, one of 2CH and 4CH each -> uint8 [B, H, W], or PIL images.
 
         Without `views` the maps say the view: 0 to 4 is 2CH, 5 to 9 the same structures in 4CH (the conditioning's
         channels, `raysyn.labels.semantic_index`). `seeds` one a map (0, 1, … unless given); `output_type` np or pil.
+        `amp` none, bf16 or fp16 is what the network works in.
         The same seed and map give the same image in any batch on the same kind of device. Raises UserError for label
         values outside the set or a map of the wrong size.
         """
         if output_type not in ("np", "pil"):
             raise UserError(f"output_type: {output_type!r} is not one of np, pil")
         maps, view = check_maps(label_maps, views, self.model.image_size)
-        seeds = range(len(maps)) if seeds is None else seeds
+        if amp not in ("none", *AMP_DTYPES):
+            raise UserError(f"amp: {amp!r} is not one of none, {', '.join(AMP_DTYPES)}")
+        try:
+            seeds = range(len(maps)) if seeds is None else [operator.index(seed) for seed in seeds]
+            num_inference_steps = None if num_inference_steps is None else operator.index(num_inference_steps)
+        except TypeError:
+            raise UserError("seeds: give a whole number a map; num_inference_steps: give one whole number") from None
         changes = {"num_steps": num_inference_steps, "solver": solver, "guidance_scale": guidance_scale}
         wanted: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
         sampler = dataclasses.replace(self.model.config.sampler, **wanted)
-        images = synthesize_images(self.model, maps, view, list(seeds), sampler)
+        if doubt := guidance_doubt(self.model.config, sampler):
+            warnings.warn(doubt, stacklevel=2)
+        images = synthesize_images(self.model, maps, view, list(seeds), sampler, amp=amp)
         if output_type == "pil":
             from PIL import Image
 

@@ -30,6 +30,11 @@ class ModelSpec:
 
     def build(self, config: ModelConfig, image_size: int) -> Denoiser:
         """An untrained denoiser of this model. Raises UserError where the config is another model's."""
+        self.check(config)
+        return build_denoiser(config, image_size)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise UserError where the config is another model's."""
         wrong = {
             "space": (config.space, self.space),
             "net.arch": (config.net.arch, self.arch),
@@ -38,7 +43,6 @@ class ModelSpec:
         for key, (given, own) in wrong.items():
             if given != own:
                 raise UserError(f"model.{key}: {given!r} is not {self.name}'s, which has {own!r}")
-        return build_denoiser(config, image_size)
 
 
 _TABLE = [
@@ -72,6 +76,30 @@ def build_denoiser(config: ModelConfig, image_size: int) -> Denoiser:
     with torch.device("cpu"):  # its few numbers are wanted even where the net is only counted, on the meta device
         precondition = PRECONDITIONINGS[config.precondition]()
     return Denoiser(net, precondition)
+
+
+# What of a net's config tells one model's from another's; heads and embeddings of an imported net may be its own.
+TELLING = {
+    *("arch", "resolution", "in_channels", "base_channels", "channel_multipliers", "num_blocks", "patch_size"),
+    *("spade_hidden", "spade_kernel", "learned_variance", "kind", "channels", "latent_channels", "stem_patch"),
+}
+
+
+def check_nets(config: ModelConfig, image_size: int, unet: SemanticUNet, vae: GammaVAE | None) -> None:
+    """Raise UserError where nets read from somewhere are not those that the config describes."""
+    if config.name in MODELS:
+        MODELS[config.name].check(config)
+    with torch.device("meta"):
+        pairs: list[tuple[str, Any, Any]] = [("unet", unet, build_denoiser(config, image_size).net)]
+        if config.space == "latent":
+            pairs.append(("vae", vae, build_vae(config)))
+    for name, found, wanted in pairs:
+        if found is None:
+            raise UserError(f"{name}: missing, and {config.name} works on latents")
+        for key in sorted(TELLING & wanted.config.keys()):
+            own, value = ((tuple(v) if isinstance(v, list) else v) for v in (found.config.get(key), wanted.config[key]))
+            if own != value:
+                raise UserError(f"{name}: is another model's ({key} {own!r}, where {config.name} has {value!r})")
 
 
 def describe(config: ModelConfig, image_size: int) -> dict[str, float]:

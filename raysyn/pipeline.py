@@ -23,6 +23,7 @@ from raysyn.config import ModelConfig, SamplerConfig, to_dict
 from raysyn.diffusion.generate import AMP_DTYPES, generate
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
 from raysyn.labels import NUM_CHANNELS, STRUCTURES, check_label_map, semantic_index, view_index
+from raysyn.models import check_nets
 from raysyn.nets.codecs import Codec, LatentCodec, PixelCodec
 from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
 from raysyn.nets.gamma_vae import GammaVAE
@@ -164,30 +165,50 @@ def _load_part(cls: Any, folder: Path) -> Any:
 def load_model_dir(folder: str | Path) -> FittedModel:
     """Read a local model folder. Raises UserError for a missing, foreign, incomplete or altered one."""
     folder = Path(folder)
+    config, image_size, sha256 = check_model_dir(folder)
+    try:
+        unet = _load_part(SemanticUNet, folder / "unet")
+        vae = _load_part(GammaVAE, folder / "vae") if config.space == "latent" else None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder}: weights cannot be read ({str(error).splitlines()[0]})") from None
+    return assemble(unet, vae, config, image_size, sha256, str(folder))
+
+
+def check_model_dir(folder: Path) -> tuple[ModelConfig, int, str]:
+    """(config, image size, sha256 of the weights) of a model folder. Raises UserError as `load_model_dir` does."""
     try:
         saved = json.loads((folder / "model.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: no model.json there; give the folder that jobs/fit.py names as model_dir") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/model.json: cannot be read ({error})") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or "config" not in saved:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise UserError(f"{folder}/model.json: not a model of this version (format {FORMAT}); fit it again")
+    for key, kind in (("config", dict), ("image_size", int), ("checkpoint_sha256", str)):
+        if not isinstance(saved.get(key), kind):
+            raise UserError(f"{folder}/model.json: has no {key}; the folder was altered or is damaged")
     try:
         config = build(ModelConfig, saved["config"])
     except UserError as error:
         raise UserError(f"{folder}/model.json: {error}") from None
-    try:
-        unet = _load_part(SemanticUNet, folder / "unet")
-        codec: Codec = LatentCodec(_load_part(GammaVAE, folder / "vae")) if config.space == "latent" else PixelCodec()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: weights cannot be read ({str(error).splitlines()[0]})") from None
-    sha256 = weights_sha256(folder)
-    if sha256 != saved["checkpoint_sha256"]:
+    if weights_sha256(folder) != saved["checkpoint_sha256"]:
         raise UserError(
             f"{folder}: weights do not match the sha256 in model.json; the folder was altered or is damaged"
         )
+    return config, saved["image_size"], saved["checkpoint_sha256"]
+
+
+def assemble(
+    unet: SemanticUNet, vae: GammaVAE | None, config: ModelConfig, image_size: int, sha256: str, where: str
+) -> FittedModel:
+    """The model of these nets. Raises UserError, naming `where`, for nets that are not the config's."""
+    try:
+        check_nets(config, image_size, unet, vae)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    codec: Codec = LatentCodec(vae) if vae is not None else PixelCodec()
     denoiser = Denoiser(unet, PRECONDITIONINGS[config.precondition]()).eval()
-    return FittedModel(denoiser, codec, config, saved["image_size"], sha256)
+    return FittedModel(denoiser, codec, config, image_size, sha256)
 
 
 def model_card(config: ModelConfig, image_size: int, sha256: str, facts: Mapping[str, Any]) -> str:
@@ -221,6 +242,14 @@ It needs the raysyn package: the folder holds weights and settings, no code, so 
 """
 
 
+def guidance_doubt(config: ModelConfig, sampler: SamplerConfig) -> str:
+    """What speaks against the sampler's guidance with this model; "" for nothing."""
+    if sampler.guidance_scale == 1.0 or config.label_dropout > 0:
+        return ""
+    scale = f"guidance_scale {sampler.guidance_scale:g}"
+    return f"{scale}: {config.name} was fitted without label_dropout, so that its null map says nothing"
+
+
 def split_views(maps: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """(label maps 0 to 4, a view each) of maps uint8 [B, H, W] that say their own view: values 5 to 9 mean 4CH.
 
@@ -248,9 +277,14 @@ def check_maps(
 
     `views` is one a map, one name for all, or None where the maps say it themselves (`split_views`).
     """
-    label_maps = np.asarray(label_maps)
+    try:
+        label_maps = np.asarray(label_maps)
+    except ValueError:
+        raise UserError("label_maps: are of different sizes; this model draws one size") from None
     if label_maps.ndim == 2:
         label_maps = label_maps[None]
+    if label_maps.ndim != 3 or len(label_maps) == 0:
+        raise UserError(f"label_maps: give [B, H, W] with at least one map, got the shape {label_maps.shape}")
     if views is None:
         label_maps, views = split_views(label_maps)
     elif isinstance(views, str):

@@ -155,8 +155,47 @@ def test_missing_foreign_and_damaged_folders_are_refused(folder, tmp_path) -> No
     with pytest.raises(UserError, match="altered or is damaged"):
         load_model_dir(tmp_path / "copy")
     (tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="weights cannot be read"):
-        load_model_dir(tmp_path / "copy")
+    for read in (load_model_dir, SemanticDiffusionPipeline.from_pretrained):
+        with pytest.raises(UserError, match="altered or is damaged"):
+            read(tmp_path / "copy")
+        with pytest.raises(UserError, match=r"no model\.json"):
+            read(tmp_path / "absent")
+    for key in ("config", "image_size", "checkpoint_sha256"):
+        less = {k: v for k, v in saved.items() if k != key}
+        (tmp_path / "copy" / "model.json").write_text(json.dumps(less))
+        with pytest.raises(UserError, match=f"has no {key}"):
+            load_model_dir(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(("other", "says"), [("vp", "arch 'ddpmpp'"), ("sdm", "learned_variance True")])
+def test_the_nets_of_another_model_are_refused(tmp_path, other: str, says: str) -> None:
+    """Though their sha256 is right: the folder was put together from two."""
+    config, denoiser, codec = fresh("edm")
+    save_model(tmp_path, fresh(other)[1].net, denoiser.net, codec, config, SIZE)
+    for read in (load_model_dir, SemanticDiffusionPipeline.from_pretrained):
+        with pytest.raises(UserError, match=f"unet: is another model's \\({says}, where edm has"):
+            read(tmp_path)
+    foreign = dataclasses.replace(config, precondition="vp")
+    save_model(tmp_path, denoiser.net, denoiser.net, codec, foreign, SIZE)
+    with pytest.raises(UserError, match=r"model\.precondition: 'vp' is not edm's"):
+        load_model_dir(tmp_path)
+
+
+def test_wrong_calls_are_one_clear_error(folder, maps) -> None:
+    with pytest.raises(UserError, match="torch_dtype: weights are kept in fp32"):
+        SemanticDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
+    for label_maps, more, says in (
+        ([maps[0], maps[1][:16]], {}, "label_maps: are of different sizes"),
+        (maps[:0], {}, "with at least one map"),
+        (maps[:1], {"seeds": 3}, "seeds: give a whole number a map"),
+        (maps[:1], {"num_inference_steps": 2.5}, "num_inference_steps: give one whole number"),
+        (maps[:1], {"amp": "fp8"}, "amp: 'fp8' is not one of none, bf16, fp16"),
+    ):
+        with pytest.raises(UserError, match=says):
+            pipeline(label_maps, "2CH", **more)
+    with pytest.warns(UserWarning, match=r"guidance_scale 2: edm\w* was fitted without label_dropout"):
+        pipeline(maps[:1], "2CH", num_inference_steps=2, guidance_scale=2.0, amp="bf16")
 
 
 def test_models_are_the_six_and_know_their_own_config() -> None:

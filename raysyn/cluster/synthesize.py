@@ -12,6 +12,7 @@ Seconds are in the shard's record and the manifest, not in the rows: a clock in 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -108,6 +109,7 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     """Everything that a worker needs, checked: the model is read once here, so a bad folder is refused before work."""
     from raysyn.cluster.model_store import open_model
     from raysyn.diffusion.generate import num_network_evals
+    from raysyn.pipeline import guidance_doubt
 
     synthesis = config.synthesize
     check_gate(synthesis)
@@ -115,6 +117,8 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     if model.image_size != config.data.image_size:
         raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
     sampler = config.model.sampler
+    if doubt := guidance_doubt(model.config, sampler):
+        print(f"synthesize: {doubt}", file=sys.stderr, flush=True)
     evaluations = num_network_evals(sampler, model.denoiser.precondition)  # refuses a grid that cannot be
     settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
     placement = ("modulation_cache_bytes", "compile", "plan_only")  # a grey level at most, as the kind of device does
