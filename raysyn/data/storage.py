@@ -1,6 +1,7 @@
 """Where results lie: a folder, or a prefix in an object store (s3://…), behind one small interface over `pyarrow.fs`.
 
-Files are whole or absent: a local file is written under a temporary name, synced and renamed; an object is one put.
+Files are whole or absent: a local file is written under a temporary name, synced and renamed; an object is one put, or
+above 10 MiB, where pyarrow sends parts, one copy of what was sent under a temporary name.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from raysyn.types import UserError
 
 Names = list[str]  # inside the class `list` is the method
 TEMPORARY = ".tmp-"  # starts the name of a file that is still being written
+ONE_PUT = 10 << 20  # what pyarrow sends in one request
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -154,10 +156,28 @@ class Storage:
             if self.is_local:
                 _write_local(Path(self._at(name)), data)
                 return
-            # Not in a `with` block: closing after a failed write would publish a part of the object.
-            stream = self.fs.open_output_stream(self._at(name), buffer_size=None)
+            if len(data) <= ONE_PUT:
+                self._put(name, data)
+                return
+            folder, separator, last = name.rpartition("/")
+            temporary = f"{folder}{separator}{TEMPORARY}{secrets.token_hex(4)}-{last}"
+            try:
+                self._put(temporary, data)
+                self.fs.copy_file(self._at(temporary), self._at(name))
+            finally:
+                with contextlib.suppress(OSError):
+                    self.fs.delete_file(self._at(temporary))
+
+    def _put(self, name: str, data: bytes) -> None:
+        """An object of up to 10 MiB whole or not at all; of a larger one, after a fault, what was sent may stand there."""
+        stream = self.fs.open_output_stream(self._at(name), buffer_size=None)
+        try:
             stream.write(data)
             stream.close()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                stream.close()  # else it happens whenever the stream is collected
+            raise
 
     def read_json(self, name: str) -> Any:
         """A JSON file. Raises FileNotFoundError, and UserError when it is not JSON (say, cut off by another tool)."""
@@ -183,14 +203,12 @@ class Storage:
 
     def clean_temporaries(self, older_than_s: float = 3600.0) -> Names:
         """Remove what killed writers left behind, if untouched for `older_than_s`; returns the names removed."""
-        if not self.is_local:
-            return []  # an object appears by its one put; there is nothing half written to see
         removed = []
         for name in filter(_is_temporary, self._list("")):
-            with contextlib.suppress(FileNotFoundError):  # its writer may just have renamed it
-                if time.time() - os.stat(self._at(name)).st_mtime >= older_than_s:
-                    self.remove(name)
-                    removed.append(name)
+            info = self.fs.get_file_info(self._at(name))  # its writer may just have renamed it
+            if info.type == pafs.FileType.File and time.time() - info.mtime_ns / 1e9 >= older_than_s:
+                self.remove(name)
+                removed.append(name)
         return removed
 
     def upload_tree(self, folder: str | Path, name: str = "") -> None:

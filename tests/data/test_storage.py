@@ -1,4 +1,5 @@
 import errno
+import gc
 import http.client
 import http.server
 import io
@@ -201,9 +202,13 @@ def test_trees_up_and_down(tmp_path) -> None:
 
 
 class FlakyProxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to an S3 server, after answering 503 to the first `num_faults` of each (method, path)."""
+    """Passes requests on to an S3 server, after answering 503 to the first `num_faults` of each (method, path).
+
+    The part `refused_part` of an upload in parts is answered 403.
+    """
 
     daemon_threads = True
+    refused_part = 0
 
     def __init__(self, target: tuple[str, int], num_faults: int) -> None:
         self.target, self.num_faults, self.seen = target, num_faults, Counter()
@@ -218,6 +223,9 @@ class FlakyHandler(http.server.BaseHTTPRequestHandler):
         body = self.body()
         key = (self.command, self.path)
         self.server.seen[key] += 1
+        if f"partNumber={self.server.refused_part}&" in f"{self.path}&":
+            self.reply(403, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>", {})
+            return
         if self.server.seen[key] <= self.server.num_faults:
             self.reply(503, b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>", {})
             return
@@ -315,6 +323,29 @@ def test_s3_objects_are_one_put(s3, s3_server, monkeypatch) -> None:
     proxy.shutdown()
     assert [method for method, _ in proxy.seen] == ["PUT"]
     assert s3.head_object(Bucket="frames", Key="p/shard.parquet")["ContentLength"] == 3_000_000
+
+
+@pytest.mark.s3
+def test_s3_a_large_object_of_which_a_part_is_refused_is_not_there(s3, s3_server) -> None:
+    proxy = FlakyProxy(s3_server, num_faults=0)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    storage = Storage.at(f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}")
+    storage.write_atomic("models/a.bin", b"old")
+    proxy.refused_part = 2
+    with pytest.raises(UserError, match="access denied"):
+        storage.write_atomic("models/a.bin", b"x" * (25 << 20))
+    gc.collect()
+    assert storage.read_bytes("models/a.bin") == b"old"
+    proxy.refused_part = 0
+    storage.write_atomic("models/a.bin", b"x" * (25 << 20))
+    assert storage.size("models/a.bin") == 25 << 20
+    storage.write_atomic(f"models/{TEMPORARY}0123-b.bin", b"left by a killed writer")
+    assert storage.list() == ["models/a.bin"]
+    assert storage.clean_temporaries(older_than_s=60) == []
+    storage.clean_temporaries(older_than_s=-5)
+    keys = [o["Key"] for o in s3.list_objects_v2(Bucket="frames")["Contents"]]
+    assert [k for k in keys if not k.endswith("/")] == ["p/models/a.bin"]
+    proxy.shutdown()
 
 
 @pytest.mark.s3
