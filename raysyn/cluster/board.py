@@ -55,7 +55,10 @@ def reporter(key: str, every_seconds: float = 1.0) -> Callable[[dict[str, Any]],
 
 def _active(status: dict[str, Any]) -> bool:
     complete = status.get("total") is not None and status.get("done") == status.get("total")
-    return not complete and time.time() - status["time"] < 60
+    patience = (
+        3600 if status.get("total") else 60
+    )  # who knows its end reports as parts of it are done, which may take long
+    return not complete and time.time() - status["time"] < patience
 
 
 def _describe(key: str, status: dict[str, Any]) -> str:
@@ -74,7 +77,8 @@ def _describe(key: str, status: dict[str, Any]) -> str:
 def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[None]:
     """Show the board while the block runs: one live view on a terminal, a line each `every_seconds` in a log.
 
-    `header` says which stage of how many; below it stands what reported within the last minute and is not complete.
+    `header` says which stage of how many; below it stands what is not complete and
+    reported within the last minute, or hour if it told its end.
     Inside another `watch` of the same session it does nothing: the outer one shows all.
     """
     import ray

@@ -252,7 +252,8 @@ def compare(config: CompareJob) -> Outcome:
     check_rows(config)
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     rows = study_rows(config)
-    with ray_session(config.ray):
+    at_once = config.workers.min_workers or config.workers.num_workers  # a fit's workers start together
+    with ray_session(config.ray, config.workers, at_once):
         result: GraphResult = run_graph(study_nodes(config, rows), max_parallel=max(4, 2 * config.workers.num_workers))
         manifest = write_study(config, rows, result, stage.fingerprint)
     print_table(manifest["rows"])

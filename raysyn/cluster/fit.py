@@ -80,7 +80,8 @@ def fit(config: FitJob) -> Outcome:
     frames = prepare_fingerprint(config)
     if not config.overwrite and (done := _finished(config, frames)) is not None:
         return done
-    with ray_session(config.ray), watch(lambda: f"fit {config.model.name}"):
+    at_once = config.workers.min_workers or config.workers.num_workers
+    with ray_session(config.ray, config.workers, at_once), watch(lambda: f"fit {config.model.name}"):
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(PrepareJob)}
         prepared = prepare(PrepareJob(**{**shared, "overwrite": False}))
         autoencoder = None

@@ -20,7 +20,7 @@ def plan(config: FitJob) -> Outcome:
     parts = ["autoencoder"] if config.model.space == "latent" else []
     parts += ["diffusion"] if config.what == "all" else []
     plans: dict[str, Any] = {}
-    with ray_session(config.ray):
+    with ray_session(config.ray, config.workers):
         import ray
 
         for what in parts:

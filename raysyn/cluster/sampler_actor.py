@@ -108,9 +108,13 @@ class ShardWriter:
     def __init__(self, spec: SynthesisSpec) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))
         self.spec, self.storage = spec, Storage.at(spec.output)
-        self.masks = {split: MaskFrames.read(spec.frames, split) for split in spec.plan.masks}
-        self.sampler: Sampler = _load(spec.sampler)(spec)
-        self.faithfulness = _faithfulness(spec)
+        self.refused = ""
+        try:
+            self.masks = {split: MaskFrames.read(spec.frames, split) for split in spec.plan.masks}
+            self.sampler: Sampler = _load(spec.sampler)(spec)
+            self.faithfulness = faithfulness_of(spec.config)
+        except UserError as error:  # raised here it would be an actor that dies, and is started again and again
+            self.refused = str(error)
         self.rejected = Cost()
         self.report, self.started, self.images = reporter(f"{spec.key} worker {os.getpid()}"), time.perf_counter(), 0
         count_if_replaced(spec.key)
@@ -119,6 +123,9 @@ class ShardWriter:
         records = []
         for split, number, start, stop in zip(rows["split"], rows["number"], rows["start"], rows["stop"]):
             shard = Shard(str(split), int(number), int(start), int(stop))
+            if self.refused:
+                records.append({"name": shard.name, "rows": 0, "seconds": 0.0, "refused": self.refused})
+                continue
             # A retried block may hold shards that were finished before the worker died: they are whole, so they stay.
             try:
                 records.append({"refused": "", **(read_record(self.storage, shard) or self.write(shard))})
@@ -212,7 +219,7 @@ class ShardWriter:
     ) -> Frame:
         spec, masks, i = self.spec, self.masks[split], request.mask_index
         return Frame(
-            frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed),
+            frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed, label_map),
             image=image,
             label_map=label_map,
             view=VIEWS[masks.view[i]],
@@ -281,7 +288,8 @@ def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
         record: dict[str, Any] = storage.read_json(shard.record)
     except FileNotFoundError:
         return None
-    return record if record["bytes"] == storage.size(shard.name) else None
+    whole = isinstance(record, dict) and record.get("bytes") == storage.size(shard.name)
+    return record if whole else None
 
 
 def whole_shards(storage: Storage, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
@@ -293,16 +301,19 @@ def whole_shards(storage: Storage, shards: Iterable[Shard]) -> dict[str, dict[st
         return {s.name: record for s, record in zip(there, records) if record is not None}
 
 
-def _faithfulness(spec: SynthesisSpec) -> Any:
-    """A function (images, maps) -> Dice of a real-trained segmenter's reading with the requested map [B], or None."""
-    if not spec.config.segmenter_dir:
+def faithfulness_of(config: SynthesizeConfig) -> Any:
+    """A function (images, maps) -> Dice of a real-trained segmenter's reading with the requested map [B], or None.
+
+    Raises UserError for a `segmenter_dir` that holds none.
+    """
+    if not config.segmenter_dir:
         return None
     from raysyn.cluster.model_store import local_copy
     from raysyn.metrics.faithfulness import mean_region_dice
     from raysyn.tasks.fitting import load_task
     from raysyn.tasks.segmentation import predict_label_maps
 
-    segmenter = load_task(local_copy(spec.config.segmenter_dir))
+    segmenter = load_task(local_copy(config.segmenter_dir))
     return lambda images, maps: mean_region_dice(predict_label_maps(segmenter, images), maps)
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from raysyn.config import RayConfig
+from raysyn.config import RayConfig, WorkersConfig
 from raysyn.types import UserError
 
 QUIET = {
@@ -100,26 +100,41 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
+def _check_placeable(workers: WorkersConfig, at_once: int) -> None:
+    """Raise UserError where `at_once` workers do not fit: a Ray of our own never grows, so they would wait for ever."""
+    import ray
+
+    has = ray.cluster_resources()
+    for what, each in (("CPU", workers.cpus_per_worker), ("GPU", workers.gpus_per_worker)):
+        if at_once * each > has.get(what, 0.0) + 1e-6:
+            raise UserError(
+                f"workers.{what.lower()}s_per_worker: {at_once} worker(s) of {each:g} {what} do not fit this machine's "
+                f"{has.get(what, 0.0):g}; ask for less, or join a cluster by ray.address="
+            )
+
+
 @contextlib.contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
+def ray_session(config: RayConfig, workers: WorkersConfig | None = None, at_once: int = 1) -> Iterator[None]:
     """Ray for the block: the one already joined, else `config.address` or RAY_ADDRESS, else a local one of our own.
 
-    A session that this call started or joined is left at the end; one that was there stays.
+    A session that this call started or joined is left at the end; one that was there stays. Raises UserError where
+    `at_once` of `workers` never fit; of a cluster that was joined, which may grow, that is not known.
     """
     _quiet()
     secure(config.address)
     import ray
 
-    if ray.is_initialized():
-        yield
-        return
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
-    with _own_sigterm():
-        if address:
-            _join(address)
-        else:
-            _start_local(config)
+    address, started = config.address or os.environ.get("RAY_ADDRESS", ""), not ray.is_initialized()
+    if started:
+        with _own_sigterm():
+            if address:
+                _join(address)
+            else:
+                _start_local(config)
     try:
+        if workers is not None and started and not address:
+            _check_placeable(workers, at_once)
         yield
     finally:
-        ray.shutdown()
+        if started:
+            ray.shutdown()

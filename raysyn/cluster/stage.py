@@ -50,5 +50,6 @@ def open_stage(storage_uri: str, stage: str, fingerprint: str, *, overwrite: boo
     """The folder for `stage` under `storage_uri`; with `overwrite` what an earlier run left there is removed first."""
     storage = Storage.at(storage_uri).join(stage, fingerprint)
     if overwrite:
+        storage.remove(MANIFEST)  # first: killed in the middle, what is left must not read as whole
         storage.remove_tree()
     return StageDir(stage, fingerprint, storage)

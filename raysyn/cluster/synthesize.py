@@ -19,9 +19,9 @@ from typing import Any
 
 from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.metrics_export import count
-from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of, whole_shards
+from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage import MANIFEST, StageDir, open_stage
 from raysyn.cluster.synthesis_card import write_card
 from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
 from raysyn.data.frames import frame_files, read_light
@@ -42,7 +42,7 @@ def synthesize(config: SynthesizeJob) -> Outcome:
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     check_gate(config.synthesize)
     model_dir = find_model(config)
-    with ray_session(config.ray):
+    with ray_session(config.ray, config.workers):
         prepared = prepare(_as(PrepareJob, config))
         spec = make_spec(config, model_dir, frames_uri(prepared), prepared.fingerprint)
         if config.plan_only or config.synthesize.plan_only:
@@ -52,12 +52,24 @@ def synthesize(config: SynthesizeJob) -> Outcome:
         stage = open_stage(
             config.storage, "synthesize", spec.metadata["raysyn_fingerprint"], overwrite=config.overwrite
         )
-        if (done := stage.outcome()) is not None:
+        if (done := stage.outcome()) is not None and not _lost(stage, done.manifest):
             return done
         spec = claim(stage, spec)
         with watch(lambda: spec.key):
             draw_missing(config, stage, spec)
         return finish(config, stage, spec)
+
+
+def _lost(stage: StageDir, manifest: dict[str, Any]) -> bool:
+    """Whether shards of a finished data set are gone; if so it is unfinished again."""
+    there = set(stage.storage.list(suffix=".parquet"))
+    lost = [record["name"] for record in manifest["shards"] if record["name"] not in there]
+    if lost:
+        print(
+            f"synthesize: {len(lost)} shards of {stage.path} are gone, first {lost[0]}; drawing them again", flush=True
+        )
+        stage.storage.remove(MANIFEST)
+    return bool(lost)
 
 
 def _as(cls: type, config: SynthesizeJob, **values: Any) -> Any:
@@ -123,7 +135,7 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
     placement = ("modulation_cache_bytes", "compile", "plan_only")  # a grey level at most, as the kind of device does
     decisive = {k: v for k, v in dataclasses.asdict(synthesis).items() if k not in placement}
-    key = fingerprint("synthesize 2", frames_fingerprint, settings, decisive)
+    key = fingerprint("synthesize 3", frames_fingerprint, settings, decisive)
     metadata = {
         "raysyn_fingerprint": key,
         "raysyn_schema_version": SCHEMA_VERSION,
@@ -133,6 +145,7 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
         "raysyn_sampler": str(sorted(dataclasses.asdict(sampler).items())),
         "raysyn_packages": ", ".join(f"{p} {version(p)}" for p in PACKAGES),
     }
+    faithfulness_of(synthesis)  # a segmenter that cannot be read is refused here, not on the workers
     return SynthesisSpec(
         plan=RequestPlan.of(synthesis, mask_ids(frames, synthesis.mask_splits)),
         config=synthesis,
@@ -157,13 +170,15 @@ def claim(stage: StageDir, spec: SynthesisSpec) -> SynthesisSpec:
     set is finished with the number it was begun with.
     """
     mine = {"fingerprint": stage.fingerprint, "num_requests": spec.plan.num_requests(), "settings": spec.settings}
-    mine |= {"threads": spec.threads}
+    mine |= {"threads": spec.threads, "packages": spec.metadata.get("raysyn_packages", "")}
     if stage.storage.exists(PLAN):
-        theirs = stage.storage.read_json(PLAN)
-        if theirs["fingerprint"] != mine["fingerprint"] or theirs["num_requests"] != mine["num_requests"]:
-            raise UserError(
-                f"{stage.path}: holds another data set ({theirs['fingerprint']}); overwrite=true replaces it"
-            )
+        read = stage.storage.read_json(PLAN)
+        theirs = read if isinstance(read, dict) else {}
+        if any(theirs.get(key) != mine[key] for key in ("fingerprint", "num_requests")):
+            whose = theirs.get("fingerprint", f"{PLAN} names none")
+            raise UserError(f"{stage.path}: holds another data set ({whose}); overwrite=true replaces it")
+        if theirs.get("packages", mine["packages"]) != mine["packages"]:
+            print(f"{spec.key}: begun with {theirs['packages']}, now {mine['packages']}; each shard tells its own")
     elif stage.storage.list(suffix=".parquet"):
         raise UserError(f"{stage.path}: holds Parquet files that are not this data set's; overwrite=true replaces them")
     else:

@@ -55,7 +55,7 @@ def tune(config: TuneJob) -> Outcome:
         raise UserError("plan_only: a search has no plan; jobs/fit.py and jobs/synthesize.py have one")
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     space = check_space(config.search.space or DEFAULT_SPACE, config)
-    with ray_session(config.ray):
+    with ray_session(config.ray, config.workers):
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
         prepared = prepare(PrepareJob(**{**shared, "overwrite": False, "plan_only": False}))
         real = frames_uri(prepared)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from raysyn.config import SynthesizeConfig
 from raysyn.types import UserError
 
@@ -106,7 +108,12 @@ class RequestPlan:
             yield [self.request(shard.split, i) for i in range(start, stop)]
 
 
-def synthetic_frame_id(settings: dict[str, Any], mask_frame_id: str, warp_seed: int, noise_seed: int) -> str:
-    """Hash of what determines an image: checkpoint and sampler (`settings`), mask and its warp, noise seed."""
-    text = json.dumps([settings, mask_frame_id, warp_seed, noise_seed], sort_keys=True, separators=(",", ":"))
+def synthetic_frame_id(
+    settings: dict[str, Any], mask_frame_id: str, warp_seed: int, noise_seed: int, label_map: np.ndarray
+) -> str:
+    """Hash of what determines an image: checkpoint and sampler (`settings`), mask and its warp, noise seed, and the warped
+    label map uint8 [H, W] itself, since a mask may be corrected under its name."""
+    content = hashlib.sha256(label_map.tobytes()).hexdigest()
+    parts = [settings, mask_frame_id, warp_seed, noise_seed, label_map.shape, content]
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return "syn-" + hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -68,7 +68,7 @@ def load_task(folder: str | Path) -> FittedTask:
         task = build(TaskConfig, {**facts["task"], "weights": ""})
         net = build_segmenter(task, facts["image_size"]) if task.kind == "segmentation" else build_classifier(task)
         net.load_state_dict(load_file(folder / "task.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: not a task model ({str(error).splitlines()[0]})") from None
     return FittedTask(net.eval(), task, facts["image_size"], facts["best_score"])
 

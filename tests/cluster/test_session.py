@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,28 @@ def test_ray_imported_too_early_is_a_clear_error() -> None:
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert "UserError: RAY_AUTH_MODE" in ran.stderr
+
+
+@pytest.mark.cluster
+def test_workers_that_never_fit_are_refused_and_do_not_wait() -> None:
+    code = (
+        "from raysyn.cluster.session import ray_session\n"
+        "from raysyn.config import RayConfig, WorkersConfig\n"
+        "from raysyn.types import UserError\n"
+        "ray, said = RayConfig(num_cpus=2, object_store_mb=100), []\n"
+        "for workers, at_once in ((WorkersConfig(gpus_per_worker=1), 1), (WorkersConfig(cpus_per_worker=1.5), 2)):\n"
+        "    try:\n"
+        "        with ray_session(ray, workers, at_once): pass\n"
+        "    except UserError as error:\n"
+        "        said.append(str(error))\n"
+        "with ray_session(ray, WorkersConfig(cpus_per_worker=0.5), 4): pass\n"
+        "print('\\n'.join(said))"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    gpu, cpu = ran.stdout.strip().splitlines()[-2:]
+    assert gpu.startswith("workers.gpus_per_worker: 1 worker(s) of 1 GPU do not fit this machine's 0")
+    assert cpu.startswith("workers.cpus_per_worker: 2 worker(s) of 1.5 CPU do not fit this machine's 2")
 
 
 def test_an_unreachable_address_is_bad_input() -> None:

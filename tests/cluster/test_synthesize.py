@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 import pytest
 
-from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of
+from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, read_record, settings_of
 from raysyn.cluster.stage import open_stage
-from raysyn.cluster.synthesize import claim
+from raysyn.cluster.synthesize import _lost, claim
 from raysyn.config import SamplerConfig, SynthesizeConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
 from raysyn.data.phantom import phantom_patient
@@ -347,10 +347,61 @@ def test_another_data_sets_folder_is_refused(frames, tmp_path) -> None:
     stage.storage.write_json("plan.json", {"fingerprint": "other", "num_requests": 1, "settings": {}})
     with pytest.raises(UserError, match="holds another data set"):
         claim(stage, spec)
+    for damaged in ({}, [], "x"):
+        stage.storage.write_json("plan.json", damaged)
+        with pytest.raises(UserError, match=r"plan\.json names none"):
+            claim(stage, spec)
     stage.storage.remove("plan.json")
     stage.storage.write_atomic("train/shard-00000.parquet", b"x")
     with pytest.raises(UserError, match="not this data set's"):
         claim(stage, spec)
+
+
+def test_what_a_killed_overwrite_leaves_is_not_whole(tmp_path, monkeypatch) -> None:
+    stage = open_stage(str(tmp_path), "synthesize", "key")
+    stage.storage.write_atomic("train/a.parquet", b"x")
+    stage.finish({"shards": [{"name": "train/a.parquet"}]})
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Storage, "remove_tree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_stage(str(tmp_path), "synthesize", "key", overwrite=True)
+    assert open_stage(str(tmp_path), "synthesize", "key").outcome() is None
+    assert stage.storage.exists("train/a.parquet")
+
+
+def test_a_finished_set_that_lost_a_shard_is_unfinished(tmp_path, capsys) -> None:
+    stage = open_stage(str(tmp_path), "synthesize", "key")
+    for name in "ab":
+        stage.storage.write_atomic(f"train/{name}.parquet", b"x")
+    manifest = {"shards": [{"name": f"train/{name}.parquet"} for name in "ab"]}
+    stage.finish(manifest)
+    assert not _lost(stage, manifest)
+    stage.storage.remove("train/b.parquet")
+    assert _lost(stage, manifest)
+    assert stage.outcome() is None
+    assert "1 shards of" in capsys.readouterr().out
+
+
+def test_what_a_worker_cannot_load_is_refused_and_no_fault(frames, tmp_path, monkeypatch) -> None:
+    """An actor whose constructor raises would be started again and again."""
+    (tmp_path / "mock_sampler.py").write_text(MOCK)
+    (tmp_path / "segmenter").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
+    spec = make_spec(frames, tmp_path / "runs", segmenter_dir=str(tmp_path / "segmenter"))
+    with pytest.raises(UserError, match="segmenter: not a task model"):
+        faithfulness_of(spec.config)
+    writer = ShardWriter(spec)
+    shard = next(spec.plan.shards())
+    rows = {key: np.array([getattr(shard, key)]) for key in ("split", "number", "start", "stop")}
+    assert "segmenter: not a task model" in writer(rows)["refused"][0]
+    record = Storage.at(spec.output)
+    record.write_atomic(shard.name, b"x")
+    record.write_json(shard.record, {})
+    assert read_record(record, shard) is None
 
 
 @pytest.mark.cluster

@@ -3,6 +3,7 @@
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,15 +57,17 @@ def test_seeds_fit_a_signed_column_and_retries_differ() -> None:
 
 def test_a_frame_id_names_all_that_determines_the_image() -> None:
     settings = {"checkpoint_sha256": "a", "sampler": {"solver": "heun"}}
-    one = synthetic_frame_id(settings, "m", 1, 2)
-    assert one == synthetic_frame_id(dict(reversed(settings.items())), "m", 1, 2)
+    label_map = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    one = synthetic_frame_id(settings, "m", 1, 2, label_map)
+    assert one == synthetic_frame_id(dict(reversed(settings.items())), "m", 1, 2, label_map.copy())
     others = [
         (settings, "n", 1, 2),
         (settings, "m", 2, 2),
         (settings, "m", 1, 3),
         ({**settings, "amp": "bf16"}, "m", 1, 2),
     ]
-    assert len({one, *(synthetic_frame_id(*other) for other in others)}) == 5
+    corrected = [synthetic_frame_id(settings, "m", 1, 2, m) for m in (label_map + 1, label_map.reshape(2, 8))]
+    assert len({one, *corrected, *(synthetic_frame_id(*other, label_map) for other in others)}) == 7
 
 
 def test_test_patients_and_no_masks_are_refused() -> None:
