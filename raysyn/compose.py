@@ -7,6 +7,7 @@ scale's presets for it (`presets` in `configs/scale/<scale>.yaml`), the command 
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,17 @@ PRESET = "preset_name"  # where model=<name> waits beside model.<key>=<value>
 GROUPS = ("data", "scale")  # chosen by name and composed by Hydra
 MODEL_NAMES = ("sdm", "vp", "ve", "edm", "edm_l128", "edm_l64")
 
+# What a job's machine may say where the command line does not: manifests set them for every pod.
+ENVIRONMENT = {"storage": "RAYSYN_STORAGE", "tracking.uri": "MLFLOW_TRACKING_URI"}
+
 T = TypeVar("T")
+
+
+def environment_overrides(overrides: list[str]) -> list[str]:
+    """Overrides from the variables of `ENVIRONMENT`, for keys that `overrides` leave out."""
+    given = {text.partition("=")[0] for text in overrides}
+    found = {key: os.environ.get(variable) for key, variable in ENVIRONMENT.items()}
+    return [f"{key}={value}" for key, value in found.items() if value and key not in given]
 
 
 def load_job(job: str, overrides: list[str]) -> Any:

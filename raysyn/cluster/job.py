@@ -12,7 +12,7 @@ import sys
 import traceback
 from types import FrameType
 
-from raysyn.compose import JOBS, load_job
+from raysyn.compose import JOBS, environment_overrides, load_job
 from raysyn.types import Fault, Outcome, Resumable, UserError
 
 USAGE = """usage: python jobs/{job}.py [key=value ...]
@@ -20,6 +20,7 @@ USAGE = """usage: python jobs/{job}.py [key=value ...]
 {doc}
 Presets: scale={scales}  data={datas}
 Any key of the config can be set, e.g. {example}. Keys: {keys}.
+RAYSYN_STORAGE and MLFLOW_TRACKING_URI stand for storage= and tracking.uri= where those are not given.
 --config prints the whole resolved config and stops.
 """
 EXAMPLES = {
@@ -62,7 +63,8 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        config = load_job(job, [a for a in argv if a != "--config"])
+        overrides = [a for a in argv if a != "--config"]
+        config = load_job(job, [*environment_overrides(overrides), *overrides])
         if "--config" in argv:
             _print_config(config)
             return 0

@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from raysyn.cluster.fit import fit_fingerprint
 from raysyn.cluster.job import JOBS
-from raysyn.compose import load_job
+from raysyn.cluster.synthesize import _as
+from raysyn.compose import environment_overrides, load_job
+from raysyn.config import FitJob
+from raysyn.tracking.places import tracking_uri
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -92,16 +96,61 @@ def test_the_rayjobs_cluster_is_the_standing_one() -> None:
 
 @pytest.mark.parametrize("name", JOB_FOLDERS)
 def test_each_jobs_command_line_is_one_that_its_file_accepts(name: str, monkeypatch) -> None:
-    monkeypatch.setenv("RAYSYN_STORAGE", "s3://bucket/x")
+    """Storage and MLflow come from the settings: KubeRay's submitter expands variables, and has none of the pods'."""
+    settings = documents(INFRA / "kuberay/settings.yaml")[0]["data"]
+    for variable in ("RAYSYN_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(variable, settings[variable])
     job = rendered_job(name)
     assert job["metadata"]["name"] == f"raysyn-{name}"
     assert job["spec"]["shutdownAfterJobFinishes"] is True
-    python, file, *overrides = shlex.split(job["spec"]["entrypoint"].replace("$RAYSYN_STORAGE", "s3://bucket/x"))
+    assert "$" not in job["spec"]["entrypoint"]
+    python, file, *overrides = shlex.split(job["spec"]["entrypoint"])
     assert (python, file) == ("python", f"jobs/{name}.py")
     assert (ROOT / file).is_file()
-    config = load_job(name, [o.replace("$RAYSYN_TRAIN_SET", "s3://bucket/set") for o in overrides])
+    config = load_job(name, [*environment_overrides(overrides), *overrides])
     assert isinstance(config, JOBS[name])
-    assert config.storage == "s3://bucket/x"
+    assert config.storage == settings["RAYSYN_STORAGE"]
+    assert tracking_uri(config.tracking, config.storage) == settings["MLFLOW_TRACKING_URI"]
+
+
+def test_the_synthesis_names_the_model_that_the_fit_makes() -> None:
+    configs = []
+    for name in ("fit", "synthesize"):
+        overrides = shlex.split(rendered_job(name)["spec"]["entrypoint"])[2:]
+        configs.append(load_job(name, ["storage=/x", *overrides]))
+    fits, draws = configs
+    assert fit_fingerprint(fits, "frames") == fit_fingerprint(_as(FitJob, draws, model=draws.model), "frames")
+
+
+def containers(node: Any) -> list[dict[str, Any]]:
+    """Every container below, KubeRay's autoscaler (which stands in no list of containers) too."""
+    if isinstance(node, list):
+        return [c for item in node for c in containers(item)]
+    if not isinstance(node, dict):
+        return []
+    own = [c for key in ("containers", "initContainers") for c in node.get(key, [])]
+    own += [node["autoscalerOptions"]] if "autoscalerOptions" in node else []
+    return own + [c for value in node.values() for c in containers(value)]
+
+
+def test_every_container_passes_the_restricted_standard() -> None:
+    found = [*all_kustomized(INFRA / "kuberay"), documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]]
+    every = containers(found)
+    assert {c.get("name", "autoscaler") for c in every} == {"ray-head", "ray-worker", "autoscaler", "ray-job-submitter"}
+    for container in every:
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+    text = json.dumps(found)
+    assert text.count('"seccompProfile": {"type": "RuntimeDefault"}') == 5, (
+        "two clusters' heads and workers, the submitter"
+    )
+    workers = [c for c in every if c.get("name") == "ray-worker"]
+    assert all({"readinessProbe", "livenessProbe"} <= set(c) for c in workers)
+    claims = set(re.findall(r"claimName\": \"(\w+)", text))
+    assert claims
+    readme = (INFRA / "README.md").read_text()
+    assert all(f"PersistentVolumeClaim `{claim}`" in readme for claim in claims)
 
 
 def test_every_secret_and_config_map_that_is_named_exists_or_is_explained() -> None:
