@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,33 +24,43 @@ from raysyn.types import Frame
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_MASKS = 100
-# A worker and then a driver, each alone in a process, so that each has a peak of its own.
+# The stage's own drawing on a Ray of its own with two actors; the driver's peak is printed, the actors tell theirs.
 MEASURE = """
-import pickle, sys
+import os, pickle, sys
 sys.path[:0] = [{root!r}, {folder!r}]
-import raysyn.cluster.sampler_actor as actor
-from raysyn.cluster.synthesize import claim, finish
+from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import open_stage
-from raysyn.config import SynthesizeJob
-actor.reporter = lambda key: lambda status: None
+from raysyn.cluster.synthesize import claim, draw_missing, finish
+from raysyn.config import RayConfig, SynthesizeJob, WorkersConfig
+os.environ["PYTHONPATH"] = {root!r} + ":" + {folder!r}
+os.environ["SCALE_PEAKS"] = {peaks!r}
+job = SynthesizeJob(storage={storage!r}, workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5))
 stage = open_stage({storage!r}, "synthesize", "scale")
-spec = claim(stage, pickle.load(open({spec!r}, "rb")))
-if {part!r} == "worker":
-    writer = actor.ShardWriter(spec)
-    for shard in spec.plan.shards():
-        writer.write(shard)
-else:
-    finish(SynthesizeJob(), stage, spec)
-status = open("/proc/self/status").read().split()  # not ru_maxrss: that is inherited from what started us
-print(status[status.index("VmHWM:") + 1])
+with ray_session(RayConfig(num_cpus=2, object_store_mb=100)):
+    spec = claim(stage, pickle.load(open({spec!r}, "rb")))
+    draw_missing(job, stage, spec)
+    finish(job, stage, spec)
+from scale_sampler import peak
+print(peak())
 """
 MOCK = """
+import os
 import numpy as np
 
+def peak():
+    status = open("/proc/self/status").read().split()  # not ru_maxrss: that is inherited from what started us
+    return int(status[status.index("VmHWM:") + 1])
+
 def make(spec):
-    return lambda label_map, view, seeds: (
-        label_map * (np.array(seeds, dtype=np.uint64) % 50).astype(np.uint8)[:, None, None]
-    )
+    place = os.environ.get("SCALE_PEAKS")
+
+    def draw(label_map, view, seeds):
+        if place:
+            with open(f"{place}/{os.getpid()}", "w") as file:
+                file.write(str(peak()))
+        return label_map * (np.array(seeds, dtype=np.uint64) % 50).astype(np.uint8)[:, None, None]
+
+    return draw
 """
 
 
@@ -75,24 +86,28 @@ def make_spec(frames: str, storage: str, num_requests: int, **options) -> Synthe
     )  # fmt: skip
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_ten_times_the_requests_take_the_same_memory(frames, tmp_path) -> None:
+    """Driver and actors, the mock sampler on a real Ray."""
     import pickle
 
     peaks: dict[int, dict[str, int]] = {}
     for count in (10_000, 100_000):
-        storage = str(tmp_path / str(count))
-        Path(storage).mkdir()
-        place = Path(storage, "spec.pkl")
-        place.write_bytes(pickle.dumps(make_spec(frames, storage, count)))
-        peaks[count] = {}
-        for part in ("worker", "driver"):
-            said = {"root": str(ROOT), "folder": frames, "spec": str(place), "storage": storage, "part": part}
-            done = subprocess.run([sys.executable, "-c", MEASURE.format(**said)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            peaks[count][part] = int(done.stdout.split()[-1])
+        storage, told = tmp_path / f"{count}" / "runs", tmp_path / f"{count}" / "peaks"
+        storage.mkdir(parents=True)
+        told.mkdir()
+        place = storage / "spec.pkl"
+        place.write_bytes(pickle.dumps(make_spec(frames, str(storage), count)))
+        said = {"root": str(ROOT), "folder": frames, "spec": str(place), "storage": str(storage), "peaks": str(told)}
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        done = subprocess.run([sys.executable, "-c", MEASURE.format(**said)], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        actors = [int(path.read_text()) for path in told.iterdir()]
+        assert len(actors) == 2
+        peaks[count] = {"driver": int(done.stdout.split()[-1]), "actor": max(actors)}
     print(peaks)
-    for part in ("worker", "driver"):
+    for part in ("driver", "actor"):
         assert peaks[100_000][part] < 1.1 * peaks[10_000][part], peaks
 
 
