@@ -6,9 +6,47 @@ meet a trial again that the study has as finished; the plain class then fails on
 
 from __future__ import annotations
 
+import time
+import warnings
 from typing import Any
 
 from ray.tune.search.optuna import OptunaSearch
+
+from raysyn.types import UserError
+
+ATTEMPTS = 5  # at a database whose tables another search may be making at this moment
+
+
+def study_storage(url: str) -> Any:
+    """Optuna's storage at `url`, its tables made where they are not there. Raises UserError where it cannot be opened.
+
+    Searches that begin on one new database at the same moment all find no tables, and all but one then fail to make
+    them, in whichever way the database words it: they look again.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return optuna.storages.RDBStorage(url)
+        except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+            if not isinstance(error, SQLAlchemyError) or attempt == ATTEMPTS:
+                first = str(error).strip().splitlines()[0]
+                raise UserError(f"search.optuna_url: cannot open {_without_password(url)}: {first}") from error
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _without_password(url: str) -> str:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "that URL"
 
 
 class DurableOptunaSearch(OptunaSearch):

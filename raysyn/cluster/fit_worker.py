@@ -164,9 +164,9 @@ class _Outside:
         return Hooks(self.tracker.log_metrics, self._sample, self._step, self._stop.is_set, leaving)
 
     def close(self, status: str) -> None:
-        """End the MLflow run; waits a little for what is queued."""
+        """End the MLflow run; waits for what is queued, a shorter while when there is a grace period to keep."""
         self._closed.set()
-        self.tracker.finish(status, timeout_s=20)
+        self.tracker.finish(status, timeout_s=60 if status == "FINISHED" else 20)
 
     def _watch_stop(self) -> None:
         pause = 1.0 if self.storage.is_local else 5.0
@@ -261,14 +261,16 @@ def _write_model(folder: Path, job: WorkerJob, state: TrainState, built: Built, 
 
 def _log_model(job: WorkerJob, outside: _Outside, folder: Path, built: Built) -> None:
     """The model itself as an MLflow model. A server that is away costs a warning, not the fit."""
-    run_id = outside.tracker.wait_run_id(timeout_s=5.0) if job.config.tracking.enabled else None
-    if run_id is None:
+    if not job.config.tracking.enabled:
         return
     from raysyn.tracking.model import log_model
 
     frames = built.validation or built.train
     example = semantic_index(frames.label_map[:1], frames.view[:1].astype(np.uint8))
     try:
+        run_id = outside.tracker.wait_run_id()
+        if run_id is None:
+            raise ConnectionError("it does not answer")
         log_model(outside.tracker.uri, run_id, folder, example=example)
     except Exception as error:  # whatever MLflow raises: the model is safe in the storage already
         log.warning("MLflow did not take the model of %s: %s", job.title, str(error).splitlines()[0])

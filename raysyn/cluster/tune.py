@@ -55,6 +55,7 @@ def tune(config: TuneJob) -> Outcome:
         raise UserError("plan_only: a search has no plan; jobs/fit.py and jobs/synthesize.py have one")
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     space = check_space(config.search.space or DEFAULT_SPACE, config)
+    _check_study(config)
     with ray_session(config.ray, config.workers):
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
         prepared = prepare(PrepareJob(**{**shared, "overwrite": False, "plan_only": False}))
@@ -87,6 +88,16 @@ def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
         if not domain.get("choices"):
             _check_range(key, *values, log=bool(domain.get("log")))
     return space
+
+
+def _check_study(config: TuneJob) -> None:
+    """Raise UserError where Optuna's study has no place, or one that cannot be opened, before any work."""
+    if config.search.optuna_url:
+        from raysyn.cluster.durable_search import study_storage
+
+        study_storage(config.search.optuna_url)
+    elif not Storage.at(config.storage).is_local:
+        raise UserError("search.optuna_url: storage is an object store; give the URL of a database for the study")
 
 
 def check_nets(space: dict[str, Any], config: TuneJob) -> None:
@@ -185,21 +196,16 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
 
     train = train_segmentation if task.kind == "segmentation" else train_classification
     with contextlib.ExitStack() as stack:
-        stack.callback(tracker.finish, timeout_s=20.0)
+        stack.callback(tracker.finish)
         train(sets["train"], sets["validation"], task, real=sets.get("real"), report=report)
 
 
 def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any]) -> Any:
     import optuna
 
-    from raysyn.cluster.durable_search import DurableOptunaSearch
+    from raysyn.cluster.durable_search import DurableOptunaSearch, study_storage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = search.optuna_url
-    if not url:
-        if not stage.storage.is_local:
-            raise UserError("search.optuna_url: storage is an object store; give the URL of a database for the study")
-        url = f"sqlite:///{stage.storage.path}/optuna.db"
     both = len(search.objectives) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -208,7 +214,7 @@ def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any])
             metric=list(search.objectives) if both else "score",
             mode=["max", "min"] if both else "max",
             sampler=optuna.samplers.TPESampler(seed=search.seed, multivariate=False),
-            storage=optuna.storages.RDBStorage(url),
+            storage=study_storage(search.optuna_url or f"sqlite:///{stage.storage.path}/optuna.db"),
             study_name=f"raysyn-{stage.fingerprint}",
         )
 

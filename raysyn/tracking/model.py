@@ -61,7 +61,8 @@ def log_model(
 
     example: uint8 [N, H, W], as `ConditionalSampler.predict` takes. Requirements are given, not guessed: guessing takes
     MLflow half a minute. `with_code` sends the package's own source along, so that the model loads where it is not
-    installed. The card is the folder's README.md. Returns the model's URI.
+    installed. The card is the folder's README.md. Without `registered_name` it takes the place of what an earlier, killed
+    attempt of the same run logged. Returns the model's URI.
     """
     client = open_client(uri)
     from mlflow import pyfunc
@@ -73,6 +74,9 @@ def log_model(
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))])
     params = ParamSchema([ParamSpec("seed", "long", 0), ParamSpec("num_steps", "long", 0)])
     experiment = client.get_run(run_id).info.experiment_id
+    if not registered_name:  # a registered version points to its model for good
+        for earlier in client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{name}'"):
+            client.delete_logged_model(earlier.model_id)
     logged = client.create_logged_model(experiment, name=name, source_run_id=run_id, model_type="diffusion")
     with tempfile.TemporaryDirectory() as folder:
         # MLflow's own `log_model` would draw an image here, to try the example: minutes for a large model.

@@ -88,8 +88,11 @@ class Tracker:
         return _Disabled()
 
     def wait_run_id(self, timeout_s: float = 60.0) -> str | None:
-        """The run's id, for child runs and for going on later; None when the server did not answer in time."""
-        self._connected.wait(timeout_s)
+        """The run's id, for child runs and for going on later; None when the server did not answer in time.
+
+        Waits at most `timeout_s` (a new database takes seconds to make), and no longer than 10 s for a server away.
+        """
+        self._patiently(lambda: self._connected.is_set() or not self._thread.is_alive(), timeout_s)
         return self.run_id
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None:
@@ -148,19 +151,6 @@ class Tracker:
         text = json.dumps(content, default=str)
         self.on_server(name, lambda client, run_id: client.log_text(run_id, text, f"{name.removesuffix('.json')}.json"))
 
-    def log_model_dir(
-        self, path: str | Path, *, name: str = "model", example: np.ndarray | None = None, registered_name: str = ""
-    ) -> None:
-        """Queue a fitted model's folder as an MLflow model (see `raysyn.tracking.model.log_model`), which takes it a
-        few seconds; give `finish` time for it. `example` is one input: semantic index uint8 [N, H, W]."""
-
-        def send(client: Any, run_id: str) -> None:
-            from raysyn.tracking.model import log_model
-
-            log_model(self.uri, run_id, path, name=name, example=example, registered_name=registered_name)
-
-        self.on_server(f"model {path}", send)
-
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> int:
         """Deliver what is queued, set the run's status (FINISHED, FAILED or KILLED) and stop. Returns what was dropped.
 
@@ -170,12 +160,7 @@ class Tracker:
             return self.dropped
         self._finished = True
         self.close(status)
-        deadline, away_since = time.monotonic() + timeout_s, 0.0
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            self._thread.join(0.2)
-            away_since = (away_since or time.monotonic()) if self._failures else 0.0
-            if away_since and time.monotonic() - away_since > AWAY_PATIENCE_S:
-                break
+        self._patiently(lambda: not self._thread.is_alive(), timeout_s)
         with self._changed:
             self._off = True
             self._changed.notify()
@@ -183,6 +168,15 @@ class Tracker:
         if self.dropped:
             log.warning("tracking: %d entries of run %s did not reach %s", self.dropped, self._run["name"], self.uri)
         return self.dropped
+
+    def _patiently(self, done: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until `done`, for at most `timeout_s`, and no longer than AWAY_PATIENCE_S while the server is away."""
+        deadline, away_since = time.monotonic() + timeout_s, 0.0
+        while not done() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            away_since = (away_since or time.monotonic()) if self._failures else 0.0
+            if away_since and time.monotonic() - away_since > AWAY_PATIENCE_S:
+                break
 
     def close(self, status: str = "FINISHED") -> None:
         """Take nothing more and deliver what is queued; does not wait. `finish` does both."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from raysyn.cluster.tune import check_space, max_iterations, pareto_front, suggest, trial_task
+from raysyn.cluster.tune import check_space, max_iterations, pareto_front, suggest, trial_task, tune
 from raysyn.compose import load_job
 from raysyn.config import SearchConfig, TaskConfig, TuneJob
 from raysyn.types import UserError
@@ -61,6 +63,35 @@ def test_a_study_that_is_ahead_of_the_restored_state_does_no_harm(tmp_path, monk
     second.on_trial_complete("a", {"score": 0.6, "training_iteration": 2})
     study = optuna.load_study(study_name="s", storage=url)
     assert [t.value for t in study.trials] == [0.7]
+
+
+def test_searches_that_make_one_database_at_once_agree(tmp_path) -> None:
+    from raysyn.cluster.durable_search import study_storage
+
+    def make(url: str) -> list[object]:
+        together.wait()
+        return study_storage(url).get_all_studies()
+
+    together = threading.Barrier(6)
+    for i in range(3):  # Optuna's own storage fails in nearly all of the six
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(make, [f"sqlite:///{tmp_path}/{i}.db"] * 6)) == [[]] * 6
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nonsense", "cannot open that URL"),
+        ("postgresql://me:secret@127.0.0.1:9/optuna", r"cannot open postgresql://me:\*\*\*@127\.0\.0\.1:9/optuna: "),
+        ("sqlite:////no/such/folder/optuna.db", "cannot open sqlite:////no/such/folder/optuna.db: "),
+    ],
+)
+def test_a_study_that_cannot_be_opened_is_refused_before_any_work(url, says, tmp_path) -> None:
+    job = load_job("tune", ["scale=tiny", f"storage={tmp_path}/runs", f"search.optuna_url={url}"])
+    with pytest.raises(UserError, match=f"^search.optuna_url: {says}") as refused:
+        tune(job)
+    assert "secret" not in str(refused.value)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_front_leaves_pruned_trials_out_whatever_their_length() -> None:
