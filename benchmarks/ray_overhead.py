@@ -54,12 +54,14 @@ def bare_fit(config: FitJob, frames: str, folder: Path, rank: int = 0, size: int
     from raysyn.cluster.fit_build import WorkerJob, build
     from raysyn.cluster.fit_worker import parallel_of
     from raysyn.data.storage import Storage
+    from raysyn.diffusion.batching import keep_freed_memory
     from raysyn.diffusion.ema import EMA
     from raysyn.training import build_optimizer
     from raysyn.training_run import run
     from raysyn.training_state import CheckpointStore, TrainState
 
     torch.set_num_threads(config.workers.threads_per_worker)
+    keep_freed_memory()
     if size > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     parallel = parallel_of(rank, size, torch.device("cpu"))

@@ -22,6 +22,7 @@ from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
 from raysyn.cluster.metrics_export import count
 from raysyn.config import to_dict
 from raysyn.data.storage import Storage
+from raysyn.diffusion.batching import keep_freed_memory
 from raysyn.diffusion.ema import EMA
 from raysyn.labels import semantic_index
 from raysyn.metrics.cost import Cost, measured
@@ -80,7 +81,7 @@ def parallel_of(rank: int, size: int, device: torch.device) -> Parallel:
 
     def wrap(module: nn.Module) -> nn.Module:
         ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def all_reduce(value: Tensor) -> Tensor:
         dist.all_reduce(value)
@@ -92,6 +93,7 @@ def parallel_of(rank: int, size: int, device: torch.device) -> Parallel:
 def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
     storage, config = Storage.at(job.stage), job.fit
     start = time.perf_counter(), time.process_time()
+    keep_freed_memory()
     built = build(job, parallel)
     model = built.objective.model
     if config.channels_last:

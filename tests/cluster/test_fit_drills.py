@@ -170,7 +170,7 @@ def test_a_node_that_is_reclaimed_leaves_a_checkpoint_first(prepared: Path, tmp_
     from ray.core.generated import autoscaler_pb2
 
     storage, log = own_storage(prepared, tmp_path), tmp_path / "log"
-    steps, every = 240, 50
+    steps, every = 150, 50
     own = [f"model.fit.num_images={4 * steps}", f"model.fit.checkpoint_every_steps={every}", "model.fit.lr=1e-4"]
     own += ["model.fit.keep_checkpoints=50", "model.fit.log_every_steps=7", "model.fit.num_validation_images=0"]
     own += ["workers.cpus_per_worker=1", "workers.num_workers=2", "workers.min_workers=1"]
