@@ -13,7 +13,7 @@ import threading
 from typing import Any
 
 from raysyn.cluster.board import watch
-from raysyn.cluster.session import ray_session
+from raysyn.cluster.session import is_own, ray_session
 from raysyn.cluster.stage import StageDir, open_stage
 from raysyn.config import FitConfig, FitJob, ModelConfig, PrepareJob, TrackingConfig, fingerprint
 from raysyn.data.storage import Storage
@@ -168,7 +168,7 @@ def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencod
         "stage": stage.path,
         "frames": frames,
         "autoencoder": autoencoder,
-        "watch_preemption": _several_nodes(),
+        "watch_preemption": not is_own(),  # a node of our own is never reclaimed: no watcher process then
         "use_ray_data": size >= config.workers.ray_data_from_mb * 2**20,
     }
     report = _run_workers(config, stage, job, splits)
@@ -226,17 +226,10 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
     return report
 
 
-def _several_nodes() -> bool:
-    """On a single node there is nobody to go on when it is taken away: no watcher process is started then."""
-    import ray
-
-    return sum(node["Alive"] for node in ray.nodes()) > 1
-
-
 def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple[str, ...]) -> Any:
-    watch_preemption = "1" if job["watch_preemption"] else "0"
-    for key, value in {**TRAIN_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": watch_preemption}.items():
+    for key, value in TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1" if job["watch_preemption"] else "0"
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 

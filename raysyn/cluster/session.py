@@ -33,6 +33,7 @@ QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_worker_maximum_startup_concurrency": "5",  # Ray warns at four times that many processes; a study has 20
 }
+OWN = "raysyn_own"  # a resource that marks a Ray of our own: one node, to which none is added
 
 
 def _quiet() -> None:
@@ -63,12 +64,20 @@ def _start_local(config: RayConfig) -> None:
     ray.init(
         address="local",  # without it Ray joins whatever a `ray start` on this machine left in /tmp/ray, dead or not
         num_cpus=config.num_cpus,
+        resources={OWN: 1},
         object_store_memory=config.object_store_mb << 20,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         log_to_driver=False,
         logging_level="error",
     )
+
+
+def is_own() -> bool:
+    """This Ray was started by us on this machine; asked from any process of it. Others may gain and lose nodes."""
+    import ray
+
+    return OWN in ray.cluster_resources()
 
 
 def _join(address: str) -> None:

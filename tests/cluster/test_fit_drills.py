@@ -99,6 +99,16 @@ def wait_until(condition: Callable[[], Any], what: str, alive: Callable[[], bool
     raise AssertionError(f"waited {PATIENCE:.0f} s for: {what}")
 
 
+def running(driver: subprocess.Popen, log: Path) -> Callable[[], bool]:
+    """For `wait_until`: fails with what the driver said if it ended."""
+
+    def alive() -> bool:
+        assert driver.poll() is None, f"exit code {driver.returncode}: {log.read_text()[-5000:]}"
+        return True
+
+    return alive
+
+
 def check_curve(stage: Path, undisturbed: dict[str, Any]) -> None:
     """Every step's loss is there once and equals the undisturbed run's: no image twice, none missed."""
     history = json.loads((stage / "history.json").read_text())
@@ -170,7 +180,7 @@ def test_a_node_that_is_reclaimed_leaves_a_checkpoint_first(prepared: Path, tmp_
     from ray.core.generated import autoscaler_pb2
 
     storage, log = own_storage(prepared, tmp_path), tmp_path / "log"
-    steps, every = 150, 50
+    steps, every = 200, 50
     own = [f"model.fit.num_images={4 * steps}", f"model.fit.checkpoint_every_steps={every}", "model.fit.lr=1e-4"]
     own += ["model.fit.keep_checkpoints=50", "model.fit.log_every_steps=7", "model.fit.num_validation_images=0"]
     own += ["workers.cpus_per_worker=1", "workers.num_workers=2", "workers.min_workers=1"]
@@ -183,12 +193,12 @@ def test_a_node_that_is_reclaimed_leaves_a_checkpoint_first(prepared: Path, tmp_
         node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
         settings = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
         driver = start_job(storage, log, *own, **settings)
-        wait_until(lambda: newest_step(stage) >= every, "a checkpoint", lambda: driver.poll() is None)
+        wait_until(lambda: newest_step(stage) >= every, "a checkpoint", running(driver, log))
         deadline_ms = int(1000 * (time.time() + 20))
         drain = GcsClient(address=cluster.address).drain_node
         assert drain(node.node_id, autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION, "reclaimed", deadline_ms)[0]
         # Logged each 7 steps, kept each 50: a step that is no multiple of 50 was kept upon the notice.
-        wait_until(lambda: newest_step(stage) % every, "a checkpoint upon the notice", lambda: driver.poll() is None)
+        wait_until(lambda: newest_step(stage) % every, "a checkpoint upon the notice", running(driver, log))
         kept = newest_step(stage)
         mark = json.loads((stage / "checkpoints" / f"step-{kept:09d}" / "checkpoint.json").read_text())
         assert mark["num_workers"] == 2
@@ -225,7 +235,7 @@ def test_sigterm_then_kill_of_the_driver(prepared: Path, undisturbed: dict[str, 
     storage, log = own_storage(prepared, tmp_path), tmp_path / "log"
     stage = stage_of(storage)
     first = start_job(storage, log)
-    wait_until(lambda: newest_step(stage) >= 6, "first checkpoint", lambda: first.poll() is None)
+    wait_until(lambda: newest_step(stage) >= 6, "first checkpoint", running(first, log))
     first.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     assert first.wait(PATIENCE) == 0, log.read_text()
@@ -236,7 +246,7 @@ def test_sigterm_then_kill_of_the_driver(prepared: Path, undisturbed: dict[str, 
     assert not (stage / "manifest.json").exists()
 
     second = start_job(storage, log)
-    wait_until(lambda: newest_step(stage) > stopped_at, "a checkpoint of the second run", lambda: second.poll() is None)
+    wait_until(lambda: newest_step(stage) > stopped_at, "a checkpoint of the second run", running(second, log))
     below = descendants(second.pid)
     second.send_signal(signal.SIGKILL)
     second.wait(30)

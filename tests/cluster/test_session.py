@@ -13,7 +13,7 @@ from raysyn.types import UserError
 ROOT = Path(__file__).resolve().parents[2]
 OWN_SESSION = """
 import json, os, urllib.request, urllib.error
-from raysyn.cluster.session import ray_session
+from raysyn.cluster.session import is_own, ray_session
 from raysyn.config import RayConfig
 with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
     import ray
@@ -29,7 +29,7 @@ with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
         nested = ray.is_initialized()
     print(json.dumps({"dashboard": dashboard, "without": status({}),
         "with": status({"Authorization": "Bearer " + token}),
-        "usage": os.environ["RAY_USAGE_STATS_ENABLED"], "nested": nested, "after_nested": ray.is_initialized()}))
+        "usage": os.environ["RAY_USAGE_STATS_ENABLED"], "own": is_own(), "nested": nested, "after_nested": ray.is_initialized()}))
 print(ray.is_initialized())
 """
 
@@ -44,6 +44,7 @@ def test_a_ray_of_our_own_asks_for_a_token_and_keeps_its_dashboard_on_loopback()
     assert facts["without"] == 401
     assert facts["with"] == 200
     assert facts["usage"] == "0"
+    assert facts["own"]
     assert facts["nested"]
     assert facts["after_nested"]
     assert after == "False"
