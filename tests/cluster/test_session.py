@@ -29,7 +29,8 @@ with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
         nested = ray.is_initialized()
     print(json.dumps({"dashboard": dashboard, "without": status({}),
         "with": status({"Authorization": "Bearer " + token}),
-        "usage": os.environ["RAY_USAGE_STATS_ENABLED"], "own": is_own(), "nested": nested, "after_nested": ray.is_initialized()}))
+        "usage": os.environ["RAY_USAGE_STATS_ENABLED"], "own": is_own(), "nested": nested,
+        "after_nested": ray.is_initialized()}))
 print(ray.is_initialized())
 """
 
