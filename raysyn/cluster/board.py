@@ -53,12 +53,23 @@ def reporter(key: str, every_seconds: float = 1.0) -> Callable[[dict[str, Any]],
     return report
 
 
+def _complete(status: dict[str, Any]) -> bool:
+    return status.get("total") is not None and status.get("done") == status.get("total")
+
+
+def _shown(said: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each that is at work; the workers (`<key> worker <pid>`) of what is complete have gone with it."""
+    complete = {key for key, status in said.items() if _complete(status)}
+    return [
+        _describe(key, status)
+        for key, status in said.items()
+        if _active(status) and key.partition(" worker ")[0] not in complete
+    ]
+
+
 def _active(status: dict[str, Any]) -> bool:
-    complete = status.get("total") is not None and status.get("done") == status.get("total")
-    patience = (
-        3600 if status.get("total") else 60
-    )  # who knows its end reports as parts of it are done, which may take long
-    return not complete and time.time() - status["time"] < patience
+    patience = 3600 if status.get("total") else 60  # who knows its end reports as parts are done, which may take long
+    return not _complete(status) and time.time() - status["time"] < patience
 
 
 def _describe(key: str, status: dict[str, Any]) -> str:
@@ -90,8 +101,7 @@ def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[No
     stop = threading.Event()
 
     def lines() -> list[str]:
-        said = ray.get(board.snapshot.remote(), timeout=30)
-        return [_describe(key, status) for key, status in said.items() if _active(status)]
+        return _shown(ray.get(board.snapshot.remote(), timeout=30))
 
     def show_terminal() -> None:
         from rich.live import Live
