@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raysyn.nets.norm import GroupNorm
 from raysyn.nets.spade import Conditioning, Spade, num_groups
 
 
@@ -61,14 +62,20 @@ class ResampleConv(nn.Module):
         return x if self.weight is None else F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2)
 
 
-class PlainNorm(nn.GroupNorm):
+class PlainNorm(GroupNorm):
     """GroupNorm with the published groups; takes and ignores the conditioning, as the encoder sees no mask."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(num_groups(channels), channels, eps=eps)
 
-    def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
-        return super().forward(x)
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        conditioning: Conditioning | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        return super().forward(x, scale, shift)
 
 
 class Block(nn.Module):
@@ -113,7 +120,7 @@ class Block(nn.Module):
         p = self.affine(embedding)[:, :, None, None].to(h.dtype)
         if self.scale_shift:
             scale, shift = p.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h, conditioning), scale + 1))
+            h = F.silu(self.norm1(h, conditioning, scale + 1, shift))
         else:
             h = F.silu(self.norm1(h + p, conditioning))
         h = self.conv1(conditioning.dropout(h, self.dropout) if self.training else h)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raysyn.labels import NUM_CHANNELS
+from raysyn.nets.norm import GroupNorm
 
 
 def num_groups(channels: int) -> int:
@@ -127,7 +128,7 @@ class Spade(nn.Module):
     def __init__(self, channels: int, label_channels: int, hidden: int, kernel: int, index: int) -> None:
         super().__init__()
         self.index = index
-        self.norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-5)
+        self.norm = GroupNorm(num_groups(channels), channels, eps=1e-5)
         self.mlp_shared = nn.Sequential(nn.Conv2d(label_channels, hidden, 3, padding=1), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(hidden, channels, kernel, padding=kernel // 2)
         self.mlp_beta = nn.Conv2d(hidden, channels, kernel, padding=kernel // 2)
@@ -150,9 +151,13 @@ class Spade(nn.Module):
         table = Table(scale, shift, places.index)
         return table if all(torch.equal(a, b) for a, b in zip(table.maps(), full, strict=True)) else None
 
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(
+        self, x: Tensor, conditioning: Conditioning, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """[B, C, H, W] -> the same; `scale` and `shift` [B, C, 1, 1], those of the noise level, are applied last."""
         known = conditioning.modulations[self.index] if conditioning.modulations is not None else None
         if isinstance(known, Table):
             known = known.maps()
-        scale, shift = known if known is not None else self.modulation(conditioning.at(tuple(x.shape[2:])))
-        return torch.addcmul(shift.to(x.dtype), self.norm(x), scale.to(x.dtype))
+        gamma, beta = known if known is not None else self.modulation(conditioning.at(tuple(x.shape[2:])))
+        h = torch.addcmul(beta.to(x.dtype), self.norm(x), gamma.to(x.dtype))
+        return h if scale is None or shift is None else torch.addcmul(shift, h, scale)
