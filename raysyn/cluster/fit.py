@@ -242,7 +242,8 @@ def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple
         resources["GPU"] = workers.gpus_per_worker
     number: Any = (workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers
     datasets = {split: frame_dataset(job["frames"], split) for split in splits} if job["use_ray_data"] else {}
-    return DataParallelTrainer(
+    trainer = DataParallelTrainer if datasets else _without_datasets(DataParallelTrainer)
+    return trainer(
         run_worker,
         train_loop_config=job,
         backend_config=TorchGroup(use_gpu=workers.gpus_per_worker > 0),
@@ -258,6 +259,17 @@ def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple
         datasets=datasets,
         dataset_config=DataConfig(datasets_to_split=[]),  # every worker holds all frames
     )
+
+
+def _without_datasets(trainer: Any) -> Any:
+    """Ray Train's trainer without the process that hands out data sets, where there are none."""
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+    class Trainer(trainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+
+    return Trainer
 
 
 def run_worker(job: dict[str, Any]) -> dict[str, Any]:

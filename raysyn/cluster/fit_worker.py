@@ -20,6 +20,7 @@ from raysyn.cluster.fit import BAD_INPUT, STOP
 from raysyn.cluster.fit_build import Built, WorkerJob, build, compile_net
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
 from raysyn.cluster.metrics_export import count
+from raysyn.cluster.session import in_foreground
 from raysyn.config import to_dict
 from raysyn.data.storage import Storage
 from raysyn.diffusion.batching import keep_freed_memory
@@ -46,6 +47,7 @@ def fit_worker(job: WorkerJob) -> dict[str, Any]:
     """
     import ray.train
 
+    in_foreground()
     torch.set_num_threads(job.config.workers.threads_per_worker)
     parallel, storage = _parallel(ray.train.get_context()), Storage.at(job.stage)
     if storage.exists(BAD_INPUT):

@@ -13,8 +13,12 @@ from raysyn.types import UserError
 ROOT = Path(__file__).resolve().parents[2]
 OWN_SESSION = """
 import json, os, urllib.request, urllib.error
-from raysyn.cluster.session import is_own, ray_session
+from raysyn.cluster.session import in_foreground, is_own, ray_session
 from raysyn.config import RayConfig
+def policies():
+    before = os.sched_getscheduler(0)
+    in_foreground()
+    return before, os.sched_getscheduler(0)
 with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
     import ray
     dashboard = ray._private.worker.global_worker.node.webui_url
@@ -27,7 +31,8 @@ with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
     token = os.environ["RAY_AUTH_TOKEN"]
     with ray_session(RayConfig()):
         nested = ray.is_initialized()
-    print(json.dumps({"dashboard": dashboard, "without": status({}),
+    scheduled = [os.sched_getscheduler(0), *ray.get(ray.remote(policies).remote())]
+    print(json.dumps({"scheduled": scheduled, "dashboard": dashboard, "without": status({}),
         "with": status({"Authorization": "Bearer " + token}),
         "usage": os.environ["RAY_USAGE_STATS_ENABLED"], "own": is_own(), "nested": nested,
         "after_nested": ray.is_initialized()}))
@@ -45,6 +50,7 @@ def test_a_ray_of_our_own_asks_for_a_token_and_keeps_its_dashboard_on_loopback()
     assert facts["without"] == 401
     assert facts["with"] == 200
     assert facts["usage"] == "0"
+    assert facts["scheduled"] == [os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_OTHER], "who waits, and who computes"
     assert facts["own"]
     assert facts["nested"]
     assert facts["after_nested"]
