@@ -1,6 +1,13 @@
-"""One thread a process, no telemetry, and Ray's token authentication on before anything imports Ray."""
+"""One thread a process, no telemetry, and Ray's token authentication on before anything imports Ray.
+
+`make test` runs two processes: tests that start servers go one after another in one of them, which mostly waits, and
+the rest in the other, which yields to it.
+"""
 
 import os
+
+import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +19,21 @@ for _key, _value in QUIET.items():
     if _key != "PYTHONWARNINGS":
         os.environ.setdefault(_key, _value)
 secure()
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+STARTS_SERVERS = ("cluster", "e2e", "browser", "s3", "postgres")
+
+
+def _starts_servers(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in STARTS_SERVERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _starts_servers(item):
+            item.add_marker(pytest.mark.xdist_group("servers"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ and not _starts_servers(item) and os.nice(0) == 0:
+        os.nice(10)

@@ -61,6 +61,8 @@ def _start_local(config: RayConfig) -> None:
     import ray
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ray Train computes in a thread, and a thread's own arena hands what it frees back to the system at each step.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     with _in_background():
         ray.init(
             address="local",  # without it Ray joins whatever a `ray start` on this machine left in /tmp/ray, dead or not

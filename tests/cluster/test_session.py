@@ -18,7 +18,7 @@ from raysyn.config import RayConfig
 def policies():
     before = os.sched_getscheduler(0)
     in_foreground()
-    return before, os.sched_getscheduler(0)
+    return before, os.sched_getscheduler(0), os.environ["MALLOC_ARENA_MAX"]
 with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
     import ray
     dashboard = ray._private.worker.global_worker.node.webui_url
@@ -31,8 +31,8 @@ with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
     token = os.environ["RAY_AUTH_TOKEN"]
     with ray_session(RayConfig()):
         nested = ray.is_initialized()
-    scheduled = [os.sched_getscheduler(0), *ray.get(ray.remote(policies).remote())]
-    print(json.dumps({"scheduled": scheduled, "dashboard": dashboard, "without": status({}),
+    *scheduled, arenas = [os.sched_getscheduler(0), *ray.get(ray.remote(policies).remote())]
+    print(json.dumps({"scheduled": scheduled, "arenas": arenas, "dashboard": dashboard, "without": status({}),
         "with": status({"Authorization": "Bearer " + token}),
         "usage": os.environ["RAY_USAGE_STATS_ENABLED"], "own": is_own(), "nested": nested,
         "after_nested": ray.is_initialized()}))
@@ -51,6 +51,7 @@ def test_a_ray_of_our_own_asks_for_a_token_and_keeps_its_dashboard_on_loopback()
     assert facts["with"] == 200
     assert facts["usage"] == "0"
     assert facts["scheduled"] == [os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_OTHER], "who waits, and who computes"
+    assert facts["arenas"] == "1", "a fit's thread reuses the memory it frees"
     assert facts["own"]
     assert facts["nested"]
     assert facts["after_nested"]

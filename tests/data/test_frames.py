@@ -54,7 +54,7 @@ def same(a: Frame, b: Frame) -> bool:
 
 
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_png_round_trip(grey: np.ndarray) -> None:
     data = encode_png(grey)
     assert data == encode_png(grey.copy())
@@ -68,7 +68,7 @@ def test_png_round_trip(grey: np.ndarray) -> None:
     st.integers(0, 2**62),
     st.none() | st.floats(0, 1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_frames_survive_the_table(frame_id, view, spacing, seed, faithfulness) -> None:
     provenance = Provenance("edm", "c" * 64, "m", seed, seed, "heun", 5, 9, faithfulness)
     before = frame(1, frame_id=frame_id, view=view, spacing_mm=spacing, source="synthetic", provenance=provenance)

@@ -33,7 +33,7 @@ def test_without_any_motion_the_map_stays_as_it_is(label_map: np.ndarray) -> Non
     assert np.array_equal(warp_label_map(label_map, STILL, 5), label_map)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(0, 1))
 def test_the_sector_stays_and_labels_are_the_known_ones(seed: int, which: int) -> None:
     before = MAPS[which]

@@ -68,7 +68,7 @@ def test_the_claim_is_worded_by_the_interval() -> None:
     assert "holds zero" in claim_text(rank_correlation(x, noise))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=25))
 def test_no_point_beats_one_on_the_front_and_every_other_is_beaten(points: list[tuple[int, int]]) -> None:
     cost, score = [float(c) for c, _ in points], [float(s) for _, s in points]
