@@ -203,7 +203,9 @@ def test_nothing_runs_as_root_and_no_secret_is_in_a_layer() -> None:
     image = (INFRA / "Dockerfile").read_text()
     assert re.findall(r"^USER (\S+)", image, re.M) == ["1000:1000"]
     assert not re.search(r"(?i)(token|password|secret|key)\s*=", re.sub(r"#.*", "", image).replace("AUTH_MODE", ""))
-    assert "--compile-bytecode" in image, "the container's user cannot write it: each process would compile all it imports"
+    assert "--compile-bytecode" in image, (
+        "the container's user cannot write it: each process would compile all it imports"
+    )
     for source in re.findall(r"^COPY (?!--from)(.+) \S+$", image, re.M):
         assert all((ROOT / name).exists() for name in source.split())
     pods = every_kustomized("kuberay", "mlflow")
