@@ -29,6 +29,7 @@ SUBNET = f"10.{200 + os.getpid() % 50}.{os.getpid() % 250}"
 HEAD, WORKER, MASK = f"{SUBNET}.1", f"{SUBNET}.2", "/30"
 OUTSIDE, HEAD_OUTSIDE = f"{SUBNET}.5", f"{SUBNET}.6"
 PATIENCE = 400.0
+COMMON = ["--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20), "--disable-usage-stats"]
 JOINED = f"""
 import ray, time
 ray.init(address="{HEAD}:6379", log_to_driver=False, logging_level="error")
@@ -60,7 +61,7 @@ class Hosts:
 
     folder: Path
     address: str = f"{HEAD}:6379"
-    storage: str = f"s3://sets/runs?scheme=http&endpoint_override={HEAD}:5000&region=us-east-1"
+    storage: str = ""
     running: dict[str, list[subprocess.Popen[str]]] = field(default_factory=dict)
 
     def run(self, host: str, *command: str, **env: str) -> subprocess.Popen[str]:
@@ -70,6 +71,9 @@ class Hosts:
             "HOST": host, "PYTHONPATH": f"{ROOT}:{self.folder}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 43,
             "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "OMP_NUM_THREADS": "1",
             "MOCK_LOG": str(self.folder / "drawn.log"), "MOCK_SECONDS": "0.5", "GLOO_SOCKET_IFNAME": f"{host[0]}l{TAG}",
+            # A host that does not answer is dead after 16 s; by Ray's own settings (10 s, 3 s, 5 times) after 65.
+            "RAY_health_check_timeout_ms": "3000", "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "4",
         }  # fmt: skip
         log = (self.folder / f"{host}-{Path(command[0]).name}.log").open("a")
         process = subprocess.Popen(
@@ -120,30 +124,25 @@ def connect() -> None:
     ip("route", "add", f"{SUBNET}.0{MASK}", "via", HEAD_OUTSIDE)
 
 
-@pytest.fixture
-def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """Both hosts up and joined, the bucket `sets` made. Everything ends with the test."""
+@pytest.fixture(scope="module")
+def head_host() -> Iterator[Hosts]:
+    """Both namespaces, the S3 server and Ray's head on one of them; no worker yet. Everything ends with the module."""
     import boto3
 
     if reason := no_namespaces():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="rs-two-"))
     made = Hosts(folder)
-    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(key, "test")
     try:
         connect()
         made.run("head", str(BIN / "moto_server"), "-H", "0.0.0.0", "-p", "5000")
-        common = ["--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20), "--disable-usage-stats"]
         where = ["--head", "--port", "6379", "--dashboard-host", "127.0.0.1", "--temp-dir", str(folder / "ray")]
-        made.run("head", str(BIN / "ray"), "start", "--node-ip-address", HEAD, *where, *common)
-        client = boto3.client("s3", endpoint_url=f"http://{HEAD}:5000", region_name="us-east-1")
+        made.run("head", str(BIN / "ray"), "start", "--node-ip-address", HEAD, *where, *COMMON)
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        client = boto3.client("s3", endpoint_url=f"http://{HEAD}:5000", region_name="us-east-1", **keys)
         made.wait_until(lambda: reachable(client), "the S3 server")
         client.create_bucket(Bucket="sets")
         made.wait_until(listening, "the head")
-        made.run("worker", str(BIN / "ray"), "start", "--node-ip-address", WORKER, "--address", f"{HEAD}:6379", *common)
-        joined = made.run("head", sys.executable, "-c", JOINED)
-        assert joined.wait(timeout=PATIENCE) == 0, made.said()
         yield made
     finally:
         for host in ("worker", "head"):
@@ -152,6 +151,21 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
         # A namespace goes when its last process has; the link's end in this one would stay until then.
         subprocess.run([IP, "link", "del", f"ol{TAG}"], check=False, stderr=subprocess.DEVNULL)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def hosts(head_host: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
+    """Both hosts up and joined, a storage of the test's own in the bucket `sets`; the worker's processes end with it."""
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    head_host.storage = f"s3://sets/{time.time_ns()}?scheme=http&endpoint_override={HEAD}:5000&region=us-east-1"
+    (head_host.folder / "drawn.log").write_text("")
+    join = ["start", "--node-ip-address", WORKER, "--address", f"{HEAD}:6379", *COMMON]
+    head_host.run("worker", str(BIN / "ray"), *join)
+    joined = head_host.run("head", sys.executable, "-c", JOINED)
+    assert joined.wait(timeout=PATIENCE) == 0, head_host.said()
+    yield head_host
+    head_host.kill("worker")
 
 
 def reachable(client: Any) -> bool:

@@ -16,6 +16,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,23 @@ class Head:
 
     def cli(self, *arguments: str, token: str | None = "") -> subprocess.CompletedProcess[str]:
         """`ray job …` as a submitter types it in the project's folder; token None goes without one."""
+        process = self._begin(token, *arguments)
+        said, _ = process.communicate(timeout=600)
+        return subprocess.CompletedProcess(process.args, process.returncode, said)
+
+    def _begin(self, token: str | None, *arguments: str) -> subprocess.Popen[str]:
         env = {k: v for k, v in self.env.items() if not k.startswith("RAY_AUTH")}
         if token is not None:
             env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or self.token}
         command = [RAY, "job", arguments[0], "--address", self.url, *arguments[1:]]
-        return subprocess.run(
-            command, cwd=ROOT, env=env, text=True, timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    def submit(self, name: str, *command: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
-        waiting = [] if wait else ["--no-wait"]
-        return self.cli("submit", "--submission-id", name, *waiting, "--working-dir", ".", "--", *command)
+    def submit(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+        return self.cli("submit", "--submission-id", name, "--working-dir", ".", "--", *command)
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[str]:
+        """A submission whose submitter is still there."""
+        return self._begin("", "submit", "--submission-id", name, "--working-dir", ".", "--", *command)
 
     def job(self, name: str, storage: Path, *overrides: str) -> str:
         """Submit the entrypoint of the job's manifest at test scale, expect it to be done, return what it said."""
@@ -175,14 +182,14 @@ def test_the_upload_is_the_sources_and_small(tmp_path: Path) -> None:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, project / name)
-    for name in ("runs/x/model.safetensors", ".venv/lib/big.so", ".git/objects/pack", "raysyn/__pycache__/a.pyc"):
+    strangers = ("runs/x/model.safetensors", ".venv/lib/big.so", ".git/objects/pack", "raysyn/__pycache__/a.pyc")
+    for name in (*strangers, "camus/patient0001/a.nii.gz", "study/fit/model.safetensors", "d/x.png", ".env", "core"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_bytes(os.urandom(3 << 20))
     found = packed(project, tmp_path / "package.zip")
     assert (tmp_path / "package.zip").stat().st_size < UPLOAD_LIMIT
-    assert {name.partition("/")[0] for name in found} >= {"raysyn", "jobs", "configs"}
-    unwanted = ("runs/", ".venv/", ".git/", "tests/", "benchmarks/", "infra/")
-    assert [name for name in found if name.startswith(unwanted) or "__pycache__" in name] == []
+    sources = {n for n in listed.split("\0") if n.startswith(("raysyn/", "jobs/", "configs/"))}
+    assert {name for name in found if not name.endswith("/")} == sources, "all of these and nothing else"
     here = packed(ROOT, tmp_path / "here.zip")
     assert (tmp_path / "here.zip").stat().st_size < UPLOAD_LIMIT, sorted(here, key=here.get)[-5:]  # type: ignore[arg-type]
 
@@ -201,21 +208,21 @@ def test_a_submission_without_the_token_is_refused(head: Head) -> None:
 @pytest.mark.slow
 def test_exit_codes_reach_the_submitter(head: Head, storage: Path) -> None:
     """`ray job submit` itself knows 0 and 1; the job's own code is in its info."""
-    done = head.submit("where", "python", "-c", "import raysyn; print('code at', raysyn.__file__)")
+    commands = {
+        "where": ["-c", "import raysyn; print('code at', raysyn.__file__)"],
+        "wrong": ["jobs/fit.py", *TINY, f"storage={storage}", "model.fit.lr=100"],
+        "fault": ["-c", "import sys; from raysyn.cluster.job import run_job; sys.exit(run_job('fit', 'os:no', []))"],
+    }
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(head.submit, name, "python", *rest) for name, rest in commands.items()]
+    done, wrong, fault = (r.result() for r in running)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "runtime_resources/working_dir_files" in done.stdout, "the uploaded code is what runs"
-    wrong = head.submit("wrong", "python", "jobs/fit.py", *TINY, f"storage={storage}", "model.fit.lr=100")
     assert wrong.returncode == 1
     assert "raysyn fit: " in wrong.stdout
     assert "lr: 100" in wrong.stdout
     assert head.info("wrong")["driver_exit_code"] == 2
     assert (head.info("where")["status"], head.info("where")["driver_exit_code"]) == ("SUCCEEDED", 0)
-    fault = head.submit(
-        "fault",
-        "python",
-        "-c",
-        "import sys; from raysyn.cluster.job import run_job; sys.exit(run_job('fit', 'os:no', []))",
-    )
     assert (fault.returncode, head.info("fault")["driver_exit_code"]) == (1, 1)
     assert "the same command resumes" in fault.stdout
 
@@ -227,12 +234,14 @@ def test_every_job_by_submission(head: Head, storage: Path) -> None:
     """The manifests' own entrypoints, one storage for all: each finds what the ones before made, a second finds all."""
     assert "prepare: done" in head.job("prepare", storage, *TINY)
     assert "fit: done" in head.job("fit", storage, *TINY, "model=edm")
-    assert "fit: already there" in head.job("fit", storage, *TINY, "model=edm")
-    assert "synthesize: done" in head.job("synthesize", storage, *TINY, "model=edm")
+    with ThreadPoolExecutor() as pool:
+        again = pool.submit(head.job, "fit", storage, *TINY, "model=edm")
+        assert "synthesize: done" in head.job("synthesize", storage, *TINY, "model=edm")
+    assert "fit: already there" in again.result()
     synthetic = next(storage.glob("synthesize/*/manifest.json")).parent
     few = ["search.num_trials=1", "search.max_concurrent=1"]
     assert "tune: done" in head.job("tune", storage, *TINY, f"train_sets=[{synthetic}]", *few)
-    said = head.job("compare", storage, "scale=tiny", "model=[edm]", "controls=[]", *few)
+    said = head.job("compare", storage, "scale=tiny", "model=[edm]", "controls=[]", "curves=false", *few)
     assert "compare: done" in said
     table = (storage / "report" / "table.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in table] == ["model", "", "edm"], "a header, the ceiling and one model's row"
@@ -243,7 +252,7 @@ def test_every_job_by_submission(head: Head, storage: Path) -> None:
 def test_job_stop_in_mid_fit_leaves_a_state_that_the_same_command_finishes(head: Head, storage: Path) -> None:
     arguments = ["python", "jobs/fit.py", *TINY, f"storage={storage}", *LONG_FIT]
     before = set(storage.glob("fit/*"))
-    assert head.submit("stopped", *arguments, wait=False).returncode == 0
+    submitter = head.start("stopped", *arguments)
 
     def stage() -> Path | None:
         new = [p for p in set(storage.glob("fit/*")) - before if list(p.glob("checkpoints/step-*/checkpoint.json"))]
@@ -252,6 +261,9 @@ def test_job_stop_in_mid_fit_leaves_a_state_that_the_same_command_finishes(head:
     wait_until(stage, 400)
     folder = stage()
     assert folder is not None
+    submitter.send_signal(signal.SIGINT)  # Ctrl-C ends the submitter, not the job
+    assert submitter.wait(60) != 0
+    assert head.info("stopped")["status"] == "RUNNING"
     stop = head.cli("stop", "stopped")
     assert stop.returncode == 0, stop.stdout
     assert head.info("stopped")["status"] == "STOPPED"

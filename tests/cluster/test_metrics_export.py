@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from raysyn.data.storage import Storage
 from raysyn.types import Frame
 
 ROOT = Path(__file__).resolve().parents[2]
-# A synthesis with a mock sampler; the first actor dies after its first shard. What the port says is the last line.
+# A synthesis with a mock sampler; an actor dies once a shard is whole. What the port says is the last line.
 SESSION = """
 import json, os, sys, time, urllib.request
 from raysyn.cluster.sampler_actor import SynthesisSpec, settings_of
@@ -50,47 +53,75 @@ def scrape():
 with ray_session(job.ray):
     spec = claim(stage, spec)
     draw_missing(job, stage, spec)
-    found, deadline, enough = [], time.time() + float(os.environ["WAIT"]), int(os.environ["IMAGES"])
+    def total(name):
+        return sum(float(l.split()[-1]) for l in found if l.startswith("ray_raysyn_" + name))
+
+    found, deadline = [], time.time() + float(os.environ["WAIT"])
     while time.time() < deadline:
-        found = scrape()
-        images = sum(float(l.split()[-1]) for l in found if l.startswith("ray_raysyn_images_total"))
-        if images >= enough and any("raysyn_failures" in l for l in found):
+        found, enough = scrape(), 10 - int(open(os.environ["DIED"]).read())
+        if total("images_total") >= 8 * enough and total("shard_seconds_count") >= enough and total("failures_total"):
             break
-        time.sleep(1)
+        time.sleep(0.3)
     finish(job, stage, spec)
     print(json.dumps(found))
 """
+# Dies once, and notes the shards that this process had made whole by then: a shard is two batches, one after the other.
 SAMPLER = """
 import os, signal
 def make(spec):
+    batches = 0
     def draw(label_map, view, seeds):
+        nonlocal batches
         if not os.path.exists(os.environ["DIED"]) and os.path.exists(spec.output + "/train/shard-00000.parquet"):
-            open(os.environ["DIED"], "w").close()
+            with open(os.environ["DIED"], "x") as file:
+                file.write(str(batches // 2))
             os.kill(os.getpid(), signal.SIGKILL)
+        batches += 1
         return label_map * 50
     return draw
 """
 
 
-@pytest.fixture
-def frames(tmp_path: Path) -> str:
+Session = Callable[[], list[str]]
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Session]]]:
+    """Two sessions side by side, one where metrics are on and one where they are off: each gives what its port said."""
+    folder = tmp_path_factory.mktemp("sessions")
+    settings = {
+        "on": {"WAIT": "60", "RAY_metrics_report_interval_ms": "500"},
+        "off": {"WAIT": "0", "RAY_enable_metrics_collection": "0"},
+    }
+    with contextlib.ExitStack() as stack:
+        running = {name: stack.enter_context(start_session(folder / name, own)) for name, own in settings.items()}
+
+        def result(name: str) -> list[str]:
+            out, err = running[name].communicate(timeout=300)
+            assert running[name].returncode == 0, err[-3000:]
+            found: list[str] = json.loads(out.strip().splitlines()[-1])
+            return found
+
+        yield folder, {name: functools.partial(result, name) for name in settings}
+
+
+@contextlib.contextmanager
+def start_session(folder: Path, settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     label_map = np.ones((8, 8), np.uint8)
     made = [Frame(f"m{i}", label_map, label_map, "2CH", "ED", f"p{i}", "train", "phantom") for i in range(8)]
-    write_frames(Storage.at(tmp_path / "frames"), "train/shard-00000.parquet", made)
-    (tmp_path / "dying_sampler.py").write_text(SAMPLER)
-    return str(tmp_path / "frames")
-
-
-def run_session(tmp_path: Path, frames: str, **settings: str) -> list[str]:
+    write_frames(Storage.at(folder / "frames"), "train/shard-00000.parquet", made)
+    (folder / "dying_sampler.py").write_text(SAMPLER)
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
-    env |= {"PYTHONPATH": f"{ROOT}:{tmp_path}", "DIED": str(tmp_path / "died"), **settings}
-    ran = subprocess.run(
-        [sys.executable, "-c", SESSION, frames, str(tmp_path / "runs")],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
+    env |= {"PYTHONPATH": f"{ROOT}:{folder}", "DIED": str(folder / "died"), **settings}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SESSION, str(folder / "frames"), str(folder / "runs")],
+        cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found: list[str] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return found
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def total(lines: list[str], start: str) -> float:
@@ -99,13 +130,15 @@ def total(lines: list[str], start: str) -> float:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_images_failures_and_seconds_are_on_the_nodes_metrics_port(frames: str, tmp_path: Path) -> None:
-    lines = run_session(tmp_path, frames, WAIT="60", IMAGES="72", RAY_metrics_report_interval_ms="500")
+def test_images_failures_and_seconds_are_on_the_nodes_metrics_port(sessions: tuple[Path, dict[str, Session]]) -> None:
+    folder, results = sessions
+    lines = results["on"]()
     print("\n".join(lines))
-    assert (tmp_path / "died").exists()
-    # What the killed process had not reported yet is lost: at most its one shard here.
-    assert 72 <= total(lines, "ray_raysyn_images_total") <= 80
-    assert total(lines, "ray_raysyn_shard_seconds_count") >= 9
+    # What the killed process had not reported yet is lost: at most the shards that it had made. All others are there.
+    told = 10 - int((folder / "on" / "died").read_text())
+    assert told >= 1
+    assert 8 * told <= total(lines, "ray_raysyn_images_total") <= 80
+    assert told <= total(lines, "ray_raysyn_shard_seconds_count") <= 10
     replaced = [line for line in lines if line.startswith("ray_raysyn_failures_total")]
     assert total(replaced, "") == 1
     assert 'kind="worker"' in replaced[0]
@@ -114,10 +147,10 @@ def test_images_failures_and_seconds_are_on_the_nodes_metrics_port(frames: str, 
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_synthesis_does_not_mind_metrics_being_off(frames: str, tmp_path: Path) -> None:
-    lines = run_session(tmp_path, frames, WAIT="0", IMAGES="0", RAY_enable_metrics_collection="0")
-    assert lines == []
-    assert (tmp_path / "runs" / "synthesize" / "metrics" / "manifest.json").exists()
+def test_a_synthesis_does_not_mind_metrics_being_off(sessions: tuple[Path, dict[str, Session]]) -> None:
+    folder, results = sessions
+    assert results["off"]() == []
+    assert (folder / "off" / "runs" / "synthesize" / "metrics" / "manifest.json").exists()
 
 
 def test_without_ray_counting_does_nothing() -> None:

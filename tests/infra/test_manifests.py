@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,18 @@ def all_kustomized(folder: Path) -> list[dict[str, Any]]:
     return [d for name in listed for d in documents(folder / name)]
 
 
+def every_kustomized(*folders: str) -> list[dict[str, Any]]:
+    return [d for folder in folders for d in all_kustomized(INFRA / folder)]
+
+
+def with_images(resource: dict[str, Any]) -> dict[str, Any]:
+    """The resource with the image that jobs/base names, as kustomize puts it there."""
+    (image,) = documents(INFRA / "kuberay/jobs/base/kustomization.yaml")[0]["images"]
+    text = json.dumps(resource).replace('"image": "raysyn"', f'"image": "{image["newName"]}:{image["newTag"]}"')
+    changed: dict[str, Any] = json.loads(text)
+    return changed
+
+
 def closed(schema: Any) -> Any:
     if isinstance(schema, dict):
         if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
@@ -78,13 +92,25 @@ def test_ray_resources_fit_the_crds(kind: str) -> None:
     assert resource["kind"] == crd
 
 
-@pytest.mark.parametrize("folder", ["kuberay", "mlflow"])
+@pytest.mark.parametrize("folder", ["kuberay/common", "mlflow"])
 def test_core_kinds_are_valid(folder: str) -> None:
     import kubernetes_validate
 
     for document in all_kustomized(INFRA / folder):
-        if document["apiVersion"] != "ray.io/v1":
-            kubernetes_validate.validate(document, "1.34", strict=True)
+        kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+@pytest.mark.parametrize("folder", ["kuberay/common", "kuberay", "mlflow", *(f"kuberay/jobs/{n}" for n in JOB_FOLDERS)])
+def test_kustomize_renders_each_folder_into_its_namespace_with_an_image_that_is_named(folder: str) -> None:
+    ran = subprocess.run(["kubectl", "kustomize", str(INFRA / folder)], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    rendered = list(yaml.safe_load_all(ran.stdout))
+    namespace = "mlflow" if folder == "mlflow" else "raysyn"
+    assert {d["metadata"].get("namespace", d["metadata"]["name"]) for d in rendered} == {namespace}
+    assert all(re.search(r":\d+\.\d+", image) for image in re.findall(r"image: (\S+)", ran.stdout))
+    if "jobs" in folder:
+        assert [d["spec"] for d in rendered] == [with_images(rendered_job(folder.rpartition("/")[2]))["spec"]]
 
 
 def test_the_rayjobs_cluster_is_the_standing_one() -> None:
@@ -97,7 +123,7 @@ def test_the_rayjobs_cluster_is_the_standing_one() -> None:
 @pytest.mark.parametrize("name", JOB_FOLDERS)
 def test_each_jobs_command_line_is_one_that_its_file_accepts(name: str, monkeypatch) -> None:
     """Storage and MLflow come from the settings: KubeRay's submitter expands variables, and has none of the pods'."""
-    settings = documents(INFRA / "kuberay/settings.yaml")[0]["data"]
+    settings = documents(INFRA / "kuberay/common/settings.yaml")[0]["data"]
     for variable in ("RAYSYN_STORAGE", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(variable, settings[variable])
     job = rendered_job(name)
@@ -134,7 +160,7 @@ def containers(node: Any) -> list[dict[str, Any]]:
 
 
 def test_every_container_passes_the_restricted_standard() -> None:
-    found = [*all_kustomized(INFRA / "kuberay"), documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]]
+    found = [*every_kustomized("kuberay/common", "kuberay"), documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]]
     every = containers(found)
     assert {c.get("name", "autoscaler") for c in every} == {"ray-head", "ray-worker", "autoscaler", "ray-job-submitter"}
     for container in every:
@@ -167,7 +193,7 @@ def test_every_secret_and_config_map_that_is_named_exists_or_is_explained() -> N
 
 def test_services_point_at_ports_that_exist() -> None:
     for folder in ("kuberay", "mlflow"):
-        found = all_kustomized(INFRA / folder)
+        found = every_kustomized(folder)
         ports = set(re.findall(r'"name": "([\w-]+)", "containerPort"', json.dumps(found)))
         for service in (d for d in found if d["kind"] == "Service"):
             assert {p["targetPort"] for p in service["spec"]["ports"]} <= ports
@@ -177,9 +203,12 @@ def test_nothing_runs_as_root_and_no_secret_is_in_a_layer() -> None:
     image = (INFRA / "Dockerfile").read_text()
     assert re.findall(r"^USER (\S+)", image, re.M) == ["1000:1000"]
     assert not re.search(r"(?i)(token|password|secret|key)\s*=", re.sub(r"#.*", "", image).replace("AUTH_MODE", ""))
+    assert "--compile-bytecode" in image, (
+        "the container's user cannot write it: each process would compile all it imports"
+    )
     for source in re.findall(r"^COPY (?!--from)(.+) \S+$", image, re.M):
         assert all((ROOT / name).exists() for name in source.split())
-    pods = [*all_kustomized(INFRA / "kuberay"), *all_kustomized(INFRA / "mlflow")]
+    pods = every_kustomized("kuberay", "mlflow")
     assert json.dumps(pods).count('"runAsNonRoot": true') >= 5
 
 
@@ -194,3 +223,42 @@ def test_compose_is_closed_to_the_world_and_names_its_settings() -> None:
     asked = set(re.findall(r"\$\{(\w+)", (INFRA / "compose/compose.yaml").read_text()))
     given = set(re.findall(r"^(\w+)=", (INFRA / "compose/env.example").read_text(), re.M))
     assert asked <= given
+
+
+def test_the_pods_accept_the_operator_that_the_readme_installs() -> None:
+    """Its calls to the dashboard start a RayJob and see it end; from another namespace they would be dropped."""
+    policy = next(d for d in all_kustomized(INFRA / "kuberay/common") if d["kind"] == "NetworkPolicy")
+    opened = {
+        (label, port["port"])
+        for rule in policy["spec"]["ingress"]
+        for peer in rule["from"]
+        for label in peer.get("namespaceSelector", {}).get("matchLabels", {}).values()
+        for port in rule["ports"]
+    }
+    installed = re.findall(r"helm install kuberay-operator .*--namespace (\S+)", (INFRA / "README.md").read_text())
+    assert installed
+    assert opened == {*((name, 8265) for name in installed), ("monitoring", 8080)}
+    assert policy["spec"]["ingress"][0] == {"from": [{"podSelector": {}}]}, "all ports to the own namespace"
+
+
+def test_a_job_of_its_own_needs_nothing_of_the_standing_cluster() -> None:
+    """What a RayJob's pods name is in the folder that the README applies before either."""
+    common = every_kustomized("kuberay/common")
+    there = {(d["kind"], d["metadata"]["name"]) for d in common}
+    job = json.dumps(documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0])
+    for kind, key in (("ServiceAccount", "serviceAccountName"), ("ConfigMap", 'configMapRef": {"name')):
+        assert {(kind, name) for name in re.findall(rf'{key}": "([\w-]+)"', job)} <= there
+    readme = (INFRA / "README.md").read_text()
+    assert readme.index("apply -k infra/kuberay/common") < readme.index("apply -k infra/kuberay/jobs")
+
+
+def test_ray_keeps_its_objects_in_memory() -> None:
+    """Ray puts its objects on disk where /dev/shm is smaller than what it takes of a pod's memory (30 %)."""
+    from ray._private import ray_constants
+
+    spec = documents(INFRA / "kuberay/raycluster.yaml")[0]["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        memory = float(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Gi"))
+        (shm,) = (v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "shm")
+        assert memory * ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION <= 0.95 * float(shm.removesuffix("Gi"))
