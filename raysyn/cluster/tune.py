@@ -15,7 +15,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -75,19 +75,39 @@ def tune(config: TuneJob) -> Outcome:
 
 
 def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
-    """The space, checked: each key a TaskConfig's, train_set or min_faithfulness, each value {low, high, log?} or {choices}."""
-    known = {f.name for f in dataclasses.fields(TaskConfig)} | set(NOT_OF_TASK)
+    """The space, checked: each key a TaskConfig's, train_set or min_faithfulness, each value {low, high, log?} or {choices}.
+
+    A range's ends come back in the key's own type, so that 0 to 1 of a real number is no choice of two; `choices` beside
+    a range (say, of the scale's own space) take its place, and null takes a key out.
+    """
+    known = {f.name for f in dataclasses.fields(TaskConfig)} - {"kind"} | set(NOT_OF_TASK)
+    checked: dict[str, Any] = {}
     for key, domain in space.items():
         if key not in known:
             raise UserError(f"search.space.{key}: not a key of the task; its keys are {', '.join(sorted(known))}")
-        if not isinstance(domain, dict) or not ({"low", "high"} <= set(domain) or domain.get("choices")):
-            raise UserError(f"search.space.{key}: give {{low, high, log}} or {{choices: [...]}}, got {domain!r}")
+        if domain is None:
+            continue
+        _check_domain(key, domain)
         values = domain.get("choices") or [domain["low"], domain["high"]]
         for value in values:
             _check_value(key, value, config)
+        checked[key] = domain
         if not domain.get("choices"):
-            _check_range(key, *values, log=bool(domain.get("log")))
-    return space
+            low, high = _checked_range(key, *values, log=bool(domain.get("log")))
+            checked[key] = {**domain, "low": low, "high": high}
+    if not checked:
+        raise UserError("search.space: names nothing to search")
+    return checked
+
+
+def _check_domain(key: str, domain: Any) -> None:
+    form = f"search.space.{key}: give {{low, high, log}} or {{choices: [...]}}, got {domain!r}"
+    if not isinstance(domain, dict) or not ({"low", "high"} <= set(domain) or domain.get("choices")):
+        raise UserError(form)
+    if set(domain) - {"low", "high", "log", "choices"} or not isinstance(domain.get("log", False), bool):
+        raise UserError(form)
+    if not isinstance(domain.get("choices", []), list):
+        raise UserError(form)
 
 
 def _check_study(config: TuneJob) -> None:
@@ -121,13 +141,15 @@ def _check_value(key: str, value: Any, config: TuneJob) -> None:
         raise UserError(f"search.space.train_set: {value} is no index of the {len(config.train_sets)} train_sets")
 
 
-def _check_range(key: str, low: Any, high: Any, *, log: bool) -> None:
-    if not all(isinstance(v, (int, float)) for v in (low, high)):
-        raise UserError(f"search.space.{key}: low and high are numbers, got {low!r} and {high!r}; or give choices")
+def _checked_range(key: str, low: Any, high: Any, *, log: bool) -> tuple[Any, Any]:
+    kind = {TRAIN_SET: int, MIN_FAITHFULNESS: float}.get(key) or get_type_hints(TaskConfig)[key]
+    if kind not in (int, float) or not all(isinstance(v, (int, float)) for v in (low, high)):
+        raise UserError(f"search.space.{key}: {low!r} to {high!r} is no range of it; give choices")
     if low > high:
         raise UserError(f"search.space.{key}: low {low} is above high {high}")
     if log and low <= 0:
         raise UserError(f"search.space.{key}: a logarithmic range begins above 0, not at {low}")
+    return kind(low), kind(high)
 
 
 def suggest(space: dict[str, Any], trial: Any) -> None:
@@ -166,10 +188,6 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
     task = trial_task(config.task, params)
     records = Storage.at(job["records"])
     record = f"{fingerprint(params)}.json"
-    if records.exists(record):  # finished before a kill that Ray Tune's state did not see
-        ray_tune.report(records.read_json(record))
-        return
-    sets = trial_sets(job, task, params)
     name = ray_tune.get_context().get_trial_id()
     tracker = Tracker.start(
         job["tracking"],
@@ -180,6 +198,13 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
         parent_run_id=job["parent"],
         key=f"{job['key']}/{name}",
     )
+    if records.exists(record):  # finished before a kill that Ray Tune's state did not see, or proposed once more
+        known = records.read_json(record)
+        tracker.log_metrics({"score": known["score"], "cpu_seconds": known["cost"]}, known["step"])
+        tracker.finish()
+        ray_tune.report(known)
+        return
+    sets = trial_sets(job, task, params)
     started = time.process_time()
     best = -np.inf
 

@@ -39,12 +39,36 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"min_faithfulness": {"choices": ["abc"]}}, r"search\.space\.min_faithfulness: 'abc' is not a number"),
         ({"lr": {"low": 0.1, "high": 0.01}}, r"search\.space\.lr: low 0\.1 is above high 0\.01"),
         ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, "a logarithmic range begins above 0"),
+        ({"lr": {"low": 1e-3, "high": 0.1, "lgo": True}}, r"search\.space\.lr: give"),
+        ({"lr": {"low": 1e-3, "high": 0.1, "log": "maybe"}}, r"search\.space\.lr: give"),
+        ({"lr": {"choices": 5}}, r"search\.space\.lr: give"),
+        ({"arch": {"low": 1, "high": 2}}, r"search\.space\.arch: 1 to 2 is no range of it; give choices"),
+        ({"kind": {"choices": ["segmentation"]}}, r"search\.space\.kind: not a key"),
+        ({"lr": None}, r"search\.space: names nothing"),
     ],
 )
 def test_a_wrong_space_names_its_key(space: dict, says: str) -> None:
     job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
     with pytest.raises(UserError, match=says):
         check_space(space, job)
+
+
+def test_a_range_has_the_type_of_its_key_and_null_takes_one_out() -> None:
+    job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
+    whole = {"low": 0, "high": 1}
+    space = {"real_fraction": whole, "min_faithfulness": whole, "train_set": whole, "num_steps": whole, "lr": None}
+    found = check_space(space, job)
+    assert {key: type(domain["high"]) for key, domain in found.items()} == {
+        "real_fraction": float,
+        "min_faithfulness": float,
+        "train_set": int,
+        "num_steps": int,
+    }
+
+
+def test_a_list_where_keys_belong_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"search\.space=\[lr\]: "):
+        load_job("tune", ["scale=tiny", "search.space=[lr]"])
 
 
 def test_nets_of_the_space_are_tried_before_any_trial() -> None:
