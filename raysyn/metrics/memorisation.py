@@ -19,7 +19,7 @@ MIN_FRAMES = 8
 THUMBNAIL = 64  # px: fine enough for speckle at the demo's size, coarse enough for thousands of frames
 BLOCK = 1024  # frames at a time
 NUM_CANDIDATES = 4  # by what no shift moves; the nearest without a shift and by features are tried beside them
-EQUAL_SHARE = 0.5  # of the baseline's distance from 1: nearer than that is a copy, whatever its features
+EQUAL_SHARE = 0.25  # of the baseline's distance from 1: nearer than that is a copy, whatever its features
 SHIFT_SHARE = 16  # of a side: shifts up to 4 px of 64 are tried
 
 
@@ -136,7 +136,7 @@ def memorisation(
 
     `features` are those of the three sets, [n, D] each. `copy_rate`: share of synthetic frames above the baseline's
     99 % quantile in pixels and in features at once (about 0.01 or less without copying), or all but equal in pixels
-    (`equal_rate`): less than half as far from a correlation of 1 as that quantile is. Pixel correlations are at the best
+    (`equal_rate`): less than a quarter as far from a correlation of 1 as that quantile is. Pixel correlations are at the best
     of small shifts. `nearest_pixel_correlation` and `nearest_cosine` are means, `_baseline` the test frames' own.
     `worst_pairs`: the `num_pairs` synthetic frames of highest pixel correlation with the training frame each is like.
     Raises UserError below 8 frames in a set.
