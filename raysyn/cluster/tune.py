@@ -321,7 +321,8 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
     try:
         trials, failed = _results(tuner.fit())
         found = {**summary(config, trials, sets, real), "failed_trials": failed}
-        parent.log_metrics({key: found[key] for key in ("best_score", "refit_mean", "refit_sd")})
+        told = ("best_score", "refit_mean", "refit_sd", "refit_test_mean", "refit_test_sd")
+        parent.log_metrics({key: found[key] for key in told})
         status = "FINISHED"
     finally:
         parent.finish(status)
@@ -374,18 +375,25 @@ def pareto_front(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((t for t in whole if not beaten(t)), key=lambda t: t["cost"])
 
 
-def _refit(task: TaskConfig, job: dict[str, Any], params: dict[str, Any]) -> float:
-    """Runs on a worker: the best set-up with another seed; returns its validation score."""
-    from raysyn.tasks.classification import train_classification
-    from raysyn.tasks.segmentation import train_segmentation
+def _refit(task: TaskConfig, job: dict[str, Any], params: dict[str, Any]) -> tuple[float, float]:
+    """Runs on a worker: the best set-up with another seed; its validation score, and mean Dice or accuracy on test frames."""
+    from raysyn.labels import to_task_classes
+    from raysyn.metrics.overlap import dice_by_region
+    from raysyn.tasks.classification import predict_view_scores, train_classification
+    from raysyn.tasks.segmentation import mean_dice, predict_label_maps, train_segmentation
 
     sets = trial_sets(job, task, params)
     train = train_segmentation if task.kind == "segmentation" else train_classification
-    return train(sets["train"], sets["validation"], task, real=sets.get("real")).best_score
+    fitted, test = train(sets["train"], sets["validation"], task, real=sets.get("real")), sets["test"]
+    if task.kind == "segmentation":
+        read = predict_label_maps(fitted, test.image_u8)
+        return fitted.best_score, mean_dice(dice_by_region(read, to_task_classes(test.label_map)))
+    scores = predict_view_scores(fitted, test.image_u8)
+    return fitted.best_score, float(((scores > 0.5) == (test.view == 1)).mean())
 
 
 def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real: str) -> dict[str, Any]:
-    """The manifest: the best trial, refitted with several seeds, all trials and the front."""
+    """The manifest: the best trial, refitted with several seeds (scored on validation and on test), all trials, the front."""
     import ray
 
     whole = [t for t in trials if t["complete"]] or trials
@@ -398,7 +406,8 @@ def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real
     report = reporter(f"tune {config.task.kind}: refits")
     report({"done": 0, "total": config.search.num_refits})
     seeds = [task.seed + 1 + i for i in range(config.search.num_refits)]
-    refits = ray.get([refit.remote(dataclasses.replace(task, seed=s), job, best["params"]) for s in seeds])
+    scored = ray.get([refit.remote(dataclasses.replace(task, seed=s), job, best["params"]) for s in seeds])
+    refits, tests = [score for score, _ in scored], [score for _, score in scored]
     report({"done": len(refits), "total": config.search.num_refits})
     manifest: dict[str, Any] = {
         "task": config.task.kind,
@@ -409,6 +418,9 @@ def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real
         "refits": refits,
         "refit_mean": float(np.mean(refits)) if refits else None,
         "refit_sd": float(np.std(refits, ddof=1)) if len(refits) > 1 else None,
+        "refit_tests": tests,
+        "refit_test_mean": float(np.mean(tests)) if tests else None,
+        "refit_test_sd": float(np.std(tests, ddof=1)) if len(tests) > 1 else None,
         "trials": trials,
         "num_trials": len(trials),
         "cpu_seconds": sum(t["cost"] for t in trials),

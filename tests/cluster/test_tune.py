@@ -16,7 +16,7 @@ import pytest
 
 from raysyn.cluster.compare import compare
 from raysyn.cluster.task_runs import refuse_leak
-from raysyn.cluster.tune import check_nets, check_space, pareto_front, trial_task
+from raysyn.cluster.tune import _refit, check_nets, check_space, pareto_front, trial_task
 from raysyn.compose import load_job
 from raysyn.config import TaskConfig
 from raysyn.data.frames import read_arrays, write_frames
@@ -71,6 +71,18 @@ def test_a_list_where_keys_belong_is_one_line() -> None:
         load_job("tune", ["scale=tiny", "search.space=[lr]"])
 
 
+@pytest.mark.parametrize(("kind", "arch"), [("segmentation", "unet:small"), ("classification", "cnn:small")])
+def test_a_refit_is_scored_on_the_test_frames(tmp_path, kind: str, arch: str) -> None:
+    storage = Storage.at(tmp_path)
+    for patient, split in enumerate(("train", "validation", "test")):
+        write_frames(storage, f"{split}/shard-00000.parquet", phantom_patient(0, patient, 32, split))
+    task = TaskConfig(kind=kind, arch=arch, width=2, num_steps=2, batch_size=4)
+    scores = _refit(task, {"sets": [storage.uri], "real": storage.uri}, {})
+    assert all(-1 <= score <= 1 for score in scores)
+    again = _refit(task, {"sets": [storage.uri], "real": storage.uri}, {})
+    assert scores == again
+
+
 def test_nets_of_the_space_are_tried_before_any_trial() -> None:
     job = load_job("tune", ["scale=tiny", "train_sets=[a]", "data.image_size=66"])
     space = {"arch": {"choices": ["unet:mobilenetv3_small_050", "unet:small"]}}
@@ -112,6 +124,9 @@ def test_test_patients_in_a_training_set_are_refused(tmp_path) -> None:
     refuse_leak({"train": a}, b)
     with pytest.raises(UserError, match=r"train: holds test patients \(phantom-s0-p00000\)"):
         refuse_leak({"train": a}, a)
+    a.mask_frame_id[1] = b.frame_id[2]  # a mask of a test frame, under another patient's name
+    with pytest.raises(UserError, match=rf"train: .* drawn from their masks \({b.frame_id[2]}\); refused"):
+        refuse_leak({"train": a}, b)
 
 
 @pytest.mark.cluster
@@ -161,7 +176,8 @@ def test_killed_and_started_again_finished_trials_are_not_repeated(tmp_path) -> 
     manifest = json.loads(next(tmp_path.glob("tune/*/manifest.json")).read_text())
     assert manifest["num_trials"] == 4
     assert manifest["best_score"] == max(t["score"] for t in manifest["trials"])
-    assert len(manifest["refits"]) == 1
+    assert len(manifest["refits"]) == len(manifest["refit_tests"]) == 1
+    assert 0 <= manifest["refit_test_mean"] <= 1
     tried = [t["params"]["lr"] for t in manifest["trials"]]
     assert before[0] in tried
     assert finished().count(before[0]) == 1
