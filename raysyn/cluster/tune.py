@@ -7,7 +7,6 @@ Each finished trial also leaves a record of its own, by its parameters, since Ra
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -204,9 +203,7 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
         tracker.finish()
         ray_tune.report(known)
         return
-    sets = trial_sets(job, task, params)
-    started = time.process_time()
-    best = -np.inf
+    started, best = 0.0, -np.inf
 
     def report(status: dict[str, Any]) -> None:
         nonlocal best
@@ -220,9 +217,15 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
         ray_tune.report(result)
 
     train = train_segmentation if task.kind == "segmentation" else train_classification
-    with contextlib.ExitStack() as stack:
-        stack.callback(tracker.finish)
+    try:
+        sets = trial_sets(job, task, params)
+        started = time.process_time()
         train(sets["train"], sets["validation"], task, real=sets.get("real"), report=report)
+    except Exception:
+        tracker.finish("FAILED")
+        raise
+    finally:  # also where Ray Tune stops a trial that it prunes
+        tracker.finish()
 
 
 def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any]) -> Any:
