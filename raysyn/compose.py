@@ -68,7 +68,11 @@ def load_job(job: str, overrides: list[str]) -> Any:
             (plain["model"],) = _of_kinds(plain["model"], _one_kind(plain["model"], kinds))
     if "task" in plain:
         plain["task"] = _named("task", plain["task"], late, presets)
-    return build(cls, OmegaConf.merge(OmegaConf.create(plain), late))
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(plain), late)
+    except OmegaConfBaseException as error:  # a list where there is a dict
+        raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}; see --config for the keys") from None
+    return build(cls, merged)
 
 
 def load_model(name: str, scale: str = "paper") -> ModelConfig:

@@ -16,6 +16,8 @@ from raysyn.types import UserError
 
 SOLVERS = ("euler", "heun", "stochastic_heun", "generalised", "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "reference_heun")
 
+CONTROLS = ("reconstruction", "prior")
+
 
 def _one_of(owner: object, **allowed: tuple[str, ...]) -> None:
     for key, choices in allowed.items():
@@ -332,7 +334,8 @@ class TaskConfig:
         _within(self, batch_size=(1, 65536), lr=(0, 10), real_fraction=(0, 1), augment_strength=(0, 10))
         if self.kind == "segmentation" and self.augmentation == "randaugment":
             raise UserError("augmentation: randaugment moves images without their maps; segmentation takes affine")
-        _within(self, num_epochs=(1, INF), num_steps=(0, INF), width=(1, 4096))
+        _within(self, num_epochs=(1, INF), num_steps=(0, INF), width=(1, 4096), weight_decay=(0, INF))
+        _within(self, validate_every_epochs=(1, INF), seed=(0, 2**31))
 
 
 @dataclass
@@ -352,7 +355,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         _one_of(self, scheduler=("none", "asha", "median"))
         _within(self, num_trials=(1, 1e6), max_concurrent=(1, 1e5), num_refits=(0, 1000))
-        _within(self, pruning_grace_epochs=(1, 1e6))
+        _within(self, pruning_grace_epochs=(1, 1e6), seed=(0, 2**31))
         if self.objectives not in (["score"], ["score", "cost"]):
             raise UserError(f"objectives: {self.objectives} is neither [score] nor [score, cost]")
 
@@ -404,6 +407,9 @@ class CostConfig:
 
     usd_per_gpu_hour: float = 2.5
     usd_per_cpu_hour: float = 0.05
+
+    def __post_init__(self) -> None:
+        _within(self, usd_per_gpu_hour=(0, INF), usd_per_cpu_hour=(0, INF))
 
 
 @dataclass
@@ -478,6 +484,22 @@ class CompareJob(JobConfig):
         for solver in self.solvers:
             if solver not in SOLVERS:
                 raise UserError(f"solvers: {solver!r} is not one of {', '.join(SOLVERS)}")
+        for kind in ("segmentation", "classification"):
+            if getattr(self, kind).kind != kind:
+                raise UserError(f"{kind}.kind: is {kind} here, not {getattr(self, kind).kind!r}")
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise UserError(f"controls: {name!r} is not one of {', '.join(CONTROLS)}")
+        _within(self, num_task_seeds=(1, 1000))
+        for steps in self.steps:
+            if not 1 <= steps <= 10_000:
+                raise UserError(f"steps: {steps} is outside [1, 10000]")
+        named: dict[str, list[Any]] = {"models": [m.label for m in self.models], "solvers": self.solvers}
+        named |= {"steps": self.steps, "controls": self.controls, "extractors": self.extractors}
+        for key, values in named.items():
+            twice = [v for i, v in enumerate(values) if v in values[:i]]
+            if twice:
+                raise UserError(f"{key}: {twice[0]} comes twice; a row has one place in the table")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

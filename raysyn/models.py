@@ -107,7 +107,8 @@ def describe(config: ModelConfig, image_size: int) -> dict[str, float]:
 
     `parameters` of the diffusion net; `gflops_per_evaluation` of one network evaluation of one image, `gflops_modulations`
     the part of it that depends on the map alone (paid once an image with a cache); `network_evaluations` an image by the
-    config's own sampler; `vae_parameters`, `gflops_decode` (0 for pixel models). A multiply-add is two operations.
+    config's own sampler; `vae_parameters`, `gflops_encode`, `gflops_decode` (0 for pixel models). A multiply-add is two
+    operations.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -130,6 +131,7 @@ def describe(config: ModelConfig, image_size: int) -> dict[str, float]:
             "gflops_modulations": gflops(lambda: net.modulations(maps)),  # type: ignore[operator]
             "network_evaluations": float(evaluations),
             "vae_parameters": float(sum(p.numel() for p in vae.parameters())) if vae is not None else 0.0,
+            "gflops_encode": gflops(lambda: vae.encode(sector, sector)) if vae is not None else 0.0,
             "gflops_decode": gflops(lambda: vae.decode(x, sector)) if vae is not None else 0.0,
         }
 

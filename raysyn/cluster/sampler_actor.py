@@ -115,7 +115,7 @@ class ShardWriter:
             self.faithfulness = faithfulness_of(spec.config)
         except UserError as error:  # raised here it would be an actor that dies, and is started again and again
             self.refused = str(error)
-        self.rejected = Cost()
+        self.rejected, self.rejected_decoding = Cost(), Cost()
         self.report, self.started, self.images = reporter(f"{spec.key} worker {os.getpid()}"), time.perf_counter(), 0
         count_if_replaced(spec.key)
 
@@ -136,7 +136,7 @@ class ShardWriter:
     def write(self, shard: Shard) -> dict[str, Any]:
         """Draw the images of a shard and write it; returns its record."""
         attempts, below, tables = 0, 0, []
-        self.rejected, decoded = Cost(), self._decoding()
+        self.rejected, self.rejected_decoding, decoded = Cost(), Cost(), self._decoding()
         batches = list(self.spec.plan.batches(shard))
         # Warping of the next batch's maps and PNG encoding of the last one's images run beside the sampling.
         with measured(_on_gpu()) as cost, ThreadPoolExecutor(2) as pool:
@@ -164,7 +164,8 @@ class ShardWriter:
             "peak_gpu_memory_mb": round(cost.peak_gpu_memory_mb),
             "energy_joules": cost.energy_joules,
         }
-        for part, own in (("decode", self._decoding() - decoded), ("rejected", self.rejected)):
+        kept_decoding = self._decoding() - decoded - self.rejected_decoding  # so that no second is in two parts
+        for part, own in (("decode", kept_decoding), ("rejected", self.rejected)):
             record |= {
                 f"{part}_cpu_seconds": round(own.cpu_seconds, 4),
                 f"{part}_gpu_seconds": round(own.gpu_seconds, 4),
@@ -199,10 +200,12 @@ class ShardWriter:
                 if not len(todo):
                     break
                 again = [batch[i].retry(attempt) for i in todo]
+                decoded = self._decoding()
                 with measured(_on_gpu()) as cost:
                     fresh = self.sampler(maps[todo], view[todo], again)
                     fresh_scores = self.faithfulness(fresh, maps[todo])
                 self.rejected += cost  # an image is drawn anew for each that is thrown away
+                self.rejected_decoding += self._decoding() - decoded
                 drawn += len(todo)
                 for i, image, score, seed in zip(todo, fresh, fresh_scores, again):
                     if score > scores[i]:

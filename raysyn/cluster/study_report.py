@@ -85,30 +85,44 @@ def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
     from raysyn.models import describe
 
     made, net = drawn.manifest, describe(row.model, config.data.image_size)
-    attempts, evaluations = made["num_attempts"], made["num_function_evals"] * made["num_attempts"]
-    decoding, rejected = (_seconds(made, part) for part in ("decode_", "rejected_"))
     stages = {"fit": _fit_cost(fitted, net["gflops_per_evaluation"])}
     if autoencoder is not None:
-        stages["autoencoder"] = _fit_cost(autoencoder, 0.0)
-        stages["decode"] = dataclasses.replace(decoding, flops=attempts * net["gflops_decode"] * 1e9)
-    sampling = _seconds(made) - decoding - rejected
-    stages["sample"] = dataclasses.replace(
-        sampling,
-        num_function_evals=evaluations,
-        flops=evaluations * net["gflops_per_evaluation"] * 1e9,
-        peak_memory_mb=made["peak_memory_mb"],
-        peak_gpu_memory_mb=made["peak_gpu_memory_mb"],
-        energy_joules=made["energy_joules"],
-    )
-    stages["rejected"] = rejected
+        stages["autoencoder"] = _fit_cost(autoencoder, net["gflops_encode"] + net["gflops_decode"])
+    stages |= sampling_costs(made, net)
     return {
         "num_function_evals": made["num_function_evals"],
         "seconds_per_image": made["seconds_per_image"],
-        "cost/num_attempts": attempts,
+        "cost/num_attempts": made["num_attempts"],
         "cost/num_rejected": made["num_rejected"],
         "cost/parameters": fitted.manifest["parameters"],
         **cost_columns(stages, config.cost.usd_per_cpu_hour, config.cost.usd_per_gpu_hour),
     }
+
+
+def sampling_costs(made: dict[str, Any], net: dict[str, float]) -> dict[str, Cost]:
+    """What a set's drawing cost by its manifest: `sample`, `decode` (latent models), `rejected` attempts; each amount once.
+
+    Wall time and peaks stand under `sample` for all three. The GPU's energy is shared out by the seconds it was held.
+    """
+    whole, decode, rejected = (_seconds(made, part) for part in ("", "decode_", "rejected_"))
+    flops = (made["num_function_evals"] * net["gflops_per_evaluation"] * 1e9, net["gflops_decode"] * 1e9)
+    kept, thrown = made["num_attempts"] - made["num_rejected"], made["num_rejected"]
+    evaluations, energy = made["num_function_evals"], made["energy_joules"]
+    found = {
+        "sample": dataclasses.replace(
+            whole - decode - rejected,
+            wall_seconds=made["seconds"],
+            num_function_evals=evaluations * kept,
+            flops=flops[0] * kept,
+            peak_memory_mb=made["peak_memory_mb"],
+            peak_gpu_memory_mb=made["peak_gpu_memory_mb"],
+        ),
+        "decode": dataclasses.replace(decode, flops=flops[1] * kept),
+        "rejected": dataclasses.replace(rejected, num_function_evals=evaluations * thrown, flops=sum(flops) * thrown),
+    }
+    for cost in found.values():
+        cost.energy_joules = None if energy is None else energy * cost.gpu_seconds / max(whole.gpu_seconds, 1e-9)
+    return found if net["gflops_decode"] else {k: v for k, v in found.items() if k != "decode"}
 
 
 def _seconds(manifest: dict[str, Any], part: str = "") -> Cost:
@@ -116,7 +130,7 @@ def _seconds(manifest: dict[str, Any], part: str = "") -> Cost:
 
 
 def _fit_cost(fitted: Outcome, gflops: float) -> Cost:
-    """Of a fit; its FLOPs as three evaluations an image (forward, and backward twice that), 0 where `gflops` is."""
+    """Of a fit; its FLOPs as three evaluations an image (forward, and backward twice that)."""
     found = _seconds(fitted.manifest, "train_")
     return dataclasses.replace(
         found,

@@ -17,8 +17,8 @@ from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
 from raysyn.types import SPLITS, FrameArrays, Outcome, UserError
 
-TASK_VERSION = "task 4"  # goes up when a manifest gains a number, so that older ones are made again
-REALISM_VERSION = "realism 4"
+TASK_VERSION = "task 5"  # goes up when a manifest gains a number, so that older ones are made again
+REALISM_VERSION = "realism 5"
 
 
 def set_fingerprint(uri: str) -> str:
@@ -28,14 +28,17 @@ def set_fingerprint(uri: str) -> str:
 
 
 def refuse_leak(sets: dict[str, FrameArrays], test: FrameArrays) -> None:
-    """Raises UserError when a patient of the test frames is among those that a set was made from."""
-    tested = set(test.patient_id)
+    """Raises UserError when a patient of the test frames, or one of their masks, is among those a set was made from."""
+    tested, maps = set(test.patient_id), set(test.frame_id)
     for name, frames in sets.items():
         seen = sorted(tested & set(frames.patient_id))
         if seen:
             raise UserError(
                 f"{name}: holds test patients ({', '.join(seen[:3])}{', …' if len(seen) > 3 else ''}); refused"
             )
+        used = sorted(maps & {*frames.mask_frame_id, *frames.frame_id})
+        if used:
+            raise UserError(f"{name}: holds test frames or was drawn from their masks ({used[0]}); refused")
 
 
 def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:

@@ -7,7 +7,6 @@ Each finished trial also leaves a record of its own, by its parameters, since Ra
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -15,7 +14,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -75,19 +74,39 @@ def tune(config: TuneJob) -> Outcome:
 
 
 def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
-    """The space, checked: each key a TaskConfig's, train_set or min_faithfulness, each value {low, high, log?} or {choices}."""
-    known = {f.name for f in dataclasses.fields(TaskConfig)} | set(NOT_OF_TASK)
+    """The space, checked: each key a TaskConfig's, train_set or min_faithfulness, each value {low, high, log?} or {choices}.
+
+    A range's ends come back in the key's own type, so that 0 to 1 of a real number is no choice of two; `choices` beside
+    a range (say, of the scale's own space) take its place, and null takes a key out.
+    """
+    known = {f.name for f in dataclasses.fields(TaskConfig)} - {"kind"} | set(NOT_OF_TASK)
+    checked: dict[str, Any] = {}
     for key, domain in space.items():
         if key not in known:
             raise UserError(f"search.space.{key}: not a key of the task; its keys are {', '.join(sorted(known))}")
-        if not isinstance(domain, dict) or not ({"low", "high"} <= set(domain) or domain.get("choices")):
-            raise UserError(f"search.space.{key}: give {{low, high, log}} or {{choices: [...]}}, got {domain!r}")
+        if domain is None:
+            continue
+        _check_domain(key, domain)
         values = domain.get("choices") or [domain["low"], domain["high"]]
         for value in values:
             _check_value(key, value, config)
+        checked[key] = domain
         if not domain.get("choices"):
-            _check_range(key, *values, log=bool(domain.get("log")))
-    return space
+            low, high = _checked_range(key, *values, log=bool(domain.get("log")))
+            checked[key] = {**domain, "low": low, "high": high}
+    if not checked:
+        raise UserError("search.space: names nothing to search")
+    return checked
+
+
+def _check_domain(key: str, domain: Any) -> None:
+    form = f"search.space.{key}: give {{low, high, log}} or {{choices: [...]}}, got {domain!r}"
+    if not isinstance(domain, dict) or not ({"low", "high"} <= set(domain) or domain.get("choices")):
+        raise UserError(form)
+    if set(domain) - {"low", "high", "log", "choices"} or not isinstance(domain.get("log", False), bool):
+        raise UserError(form)
+    if not isinstance(domain.get("choices", []), list):
+        raise UserError(form)
 
 
 def _check_study(config: TuneJob) -> None:
@@ -121,13 +140,15 @@ def _check_value(key: str, value: Any, config: TuneJob) -> None:
         raise UserError(f"search.space.train_set: {value} is no index of the {len(config.train_sets)} train_sets")
 
 
-def _check_range(key: str, low: Any, high: Any, *, log: bool) -> None:
-    if not all(isinstance(v, (int, float)) for v in (low, high)):
-        raise UserError(f"search.space.{key}: low and high are numbers, got {low!r} and {high!r}; or give choices")
+def _checked_range(key: str, low: Any, high: Any, *, log: bool) -> tuple[Any, Any]:
+    kind = {TRAIN_SET: int, MIN_FAITHFULNESS: float}.get(key) or get_type_hints(TaskConfig)[key]
+    if kind not in (int, float) or not all(isinstance(v, (int, float)) for v in (low, high)):
+        raise UserError(f"search.space.{key}: {low!r} to {high!r} is no range of it; give choices")
     if low > high:
         raise UserError(f"search.space.{key}: low {low} is above high {high}")
     if log and low <= 0:
         raise UserError(f"search.space.{key}: a logarithmic range begins above 0, not at {low}")
+    return kind(low), kind(high)
 
 
 def suggest(space: dict[str, Any], trial: Any) -> None:
@@ -166,10 +187,6 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
     task = trial_task(config.task, params)
     records = Storage.at(job["records"])
     record = f"{fingerprint(params)}.json"
-    if records.exists(record):  # finished before a kill that Ray Tune's state did not see
-        ray_tune.report(records.read_json(record))
-        return
-    sets = trial_sets(job, task, params)
     name = ray_tune.get_context().get_trial_id()
     tracker = Tracker.start(
         job["tracking"],
@@ -180,8 +197,13 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
         parent_run_id=job["parent"],
         key=f"{job['key']}/{name}",
     )
-    started = time.process_time()
-    best = -np.inf
+    if records.exists(record):  # finished before a kill that Ray Tune's state did not see, or proposed once more
+        known = records.read_json(record)
+        tracker.log_metrics({"score": known["score"], "cpu_seconds": known["cost"]}, known["step"])
+        tracker.finish()
+        ray_tune.report(known)
+        return
+    started, best = 0.0, -np.inf
 
     def report(status: dict[str, Any]) -> None:
         nonlocal best
@@ -195,9 +217,15 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
         ray_tune.report(result)
 
     train = train_segmentation if task.kind == "segmentation" else train_classification
-    with contextlib.ExitStack() as stack:
-        stack.callback(tracker.finish)
+    try:
+        sets = trial_sets(job, task, params)
+        started = time.process_time()
         train(sets["train"], sets["validation"], task, real=sets.get("real"), report=report)
+    except Exception:
+        tracker.finish("FAILED")
+        raise
+    finally:  # also where Ray Tune stops a trial that it prunes
+        tracker.finish()
 
 
 def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any]) -> Any:
@@ -296,7 +324,8 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
     try:
         trials, failed = _results(tuner.fit())
         found = {**summary(config, trials, sets, real), "failed_trials": failed}
-        parent.log_metrics({key: found[key] for key in ("best_score", "refit_mean", "refit_sd")})
+        told = ("best_score", "refit_mean", "refit_sd", "refit_test_mean", "refit_test_sd")
+        parent.log_metrics({key: found[key] for key in told})
         status = "FINISHED"
     finally:
         parent.finish(status)
@@ -349,18 +378,25 @@ def pareto_front(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((t for t in whole if not beaten(t)), key=lambda t: t["cost"])
 
 
-def _refit(task: TaskConfig, job: dict[str, Any], params: dict[str, Any]) -> float:
-    """Runs on a worker: the best set-up with another seed; returns its validation score."""
-    from raysyn.tasks.classification import train_classification
-    from raysyn.tasks.segmentation import train_segmentation
+def _refit(task: TaskConfig, job: dict[str, Any], params: dict[str, Any]) -> tuple[float, float]:
+    """Runs on a worker: the best set-up with another seed; its validation score, and mean Dice or accuracy on test frames."""
+    from raysyn.labels import to_task_classes
+    from raysyn.metrics.overlap import dice_by_region
+    from raysyn.tasks.classification import predict_view_scores, train_classification
+    from raysyn.tasks.segmentation import mean_dice, predict_label_maps, train_segmentation
 
     sets = trial_sets(job, task, params)
     train = train_segmentation if task.kind == "segmentation" else train_classification
-    return train(sets["train"], sets["validation"], task, real=sets.get("real")).best_score
+    fitted, test = train(sets["train"], sets["validation"], task, real=sets.get("real")), sets["test"]
+    if task.kind == "segmentation":
+        read = predict_label_maps(fitted, test.image_u8)
+        return fitted.best_score, mean_dice(dice_by_region(read, to_task_classes(test.label_map)))
+    scores = predict_view_scores(fitted, test.image_u8)
+    return fitted.best_score, float(((scores > 0.5) == (test.view == 1)).mean())
 
 
 def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real: str) -> dict[str, Any]:
-    """The manifest: the best trial, refitted with several seeds, all trials and the front."""
+    """The manifest: the best trial, refitted with several seeds (scored on validation and on test), all trials, the front."""
     import ray
 
     whole = [t for t in trials if t["complete"]] or trials
@@ -373,7 +409,8 @@ def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real
     report = reporter(f"tune {config.task.kind}: refits")
     report({"done": 0, "total": config.search.num_refits})
     seeds = [task.seed + 1 + i for i in range(config.search.num_refits)]
-    refits = ray.get([refit.remote(dataclasses.replace(task, seed=s), job, best["params"]) for s in seeds])
+    scored = ray.get([refit.remote(dataclasses.replace(task, seed=s), job, best["params"]) for s in seeds])
+    refits, tests = [score for score, _ in scored], [score for _, score in scored]
     report({"done": len(refits), "total": config.search.num_refits})
     manifest: dict[str, Any] = {
         "task": config.task.kind,
@@ -384,6 +421,9 @@ def summary(config: TuneJob, trials: list[dict[str, Any]], sets: list[str], real
         "refits": refits,
         "refit_mean": float(np.mean(refits)) if refits else None,
         "refit_sd": float(np.std(refits, ddof=1)) if len(refits) > 1 else None,
+        "refit_tests": tests,
+        "refit_test_mean": float(np.mean(tests)) if tests else None,
+        "refit_test_sd": float(np.std(tests, ddof=1)) if len(tests) > 1 else None,
         "trials": trials,
         "num_trials": len(trials),
         "cpu_seconds": sum(t["cost"] for t in trials),

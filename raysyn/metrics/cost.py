@@ -50,8 +50,9 @@ class Cost:
         return (self.cpu_seconds * usd_per_cpu_hour + self.gpu_seconds * usd_per_gpu_hour) / SECONDS_PER_HOUR
 
     def columns(self, stage: str) -> dict[str, float]:
-        """`cost/<stage>_<amount>`; unknown energy and amounts of 0 that no one measured (FLOPs, evaluations) left out."""
-        optional = {"num_function_evals", "flops", "peak_gpu_memory_mb"}
+        """`cost/<stage>_<amount>`; unknown energy and amounts of 0 that no one measured (all but processors' seconds) left
+        out."""
+        optional = {f.name for f in fields(Cost)} - {"cpu_seconds", "gpu_seconds", "energy_joules"}
         amounts = {f.name: getattr(self, f.name) for f in fields(Cost)}
         return {
             f"cost/{stage}_{key}": float(value)

@@ -24,19 +24,32 @@ CAVITY, ATRIUM = TASK_CLASSES.index("lv_cavity"), TASK_CLASSES.index("left_atriu
 def long_axis(classes: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """(middle of the mitral plane, unit vector to the apex, length) of the LV cavity in `classes` uint8 [H, W].
 
-    The mitral plane is where cavity and left atrium touch; with no atrium in touch, the lowest row of the cavity (the
-    apex of an apical view is up). The apex is the cavity's farthest pixel. In the unit of `spacing` (row, column).
+    The mitral plane is where cavity and left atrium touch, or where but a pixel is between them; with no atrium there,
+    the lowest row of the cavity (the apex of an apical view is up). The apex is the cavity's farthest pixel. In the unit
+    of `spacing` (row, column).
     """
-    cavity = classes == CAVITY
-    touching = cavity & ndimage.binary_dilation(classes == ATRIUM, structure=np.ones((3, 3)), iterations=2)
+    cavity = main_cavity(classes)
+    near = ndimage.binary_dilation(classes == ATRIUM, structure=np.ones((3, 3)))
+    touching = cavity & near
+    if not touching.any():
+        touching = cavity & ndimage.binary_dilation(near, structure=np.ones((3, 3)))
     points = np.argwhere(cavity) * spacing
     base = (np.argwhere(touching) if touching.any() else _lowest(cavity)) * spacing
     middle = base.mean(0)
     offsets = points - middle
     distance = np.linalg.norm(offsets, axis=1)
-    axis = offsets[distance.argmax()] / max(distance.max(), 1e-12)
+    # A cavity of one pixel has no direction of its own: up.
+    axis = offsets[distance.argmax()] / distance.max() if distance.max() > 0 else np.array([-1.0, 0.0])
     # Pixels have a size: half of one at either end.
     return middle, axis, float(distance.max() + np.abs(axis) @ spacing)
+
+
+def main_cavity(classes: np.ndarray) -> np.ndarray:
+    """The largest connected part of the LV cavity, bool [H, W]: a stray pixel must not become the apex."""
+    parts, count = ndimage.label(classes == CAVITY, structure=np.ones((3, 3)))
+    if count < 2:
+        return np.asarray(parts > 0)
+    return np.asarray(parts == np.bincount(parts.ravel())[1:].argmax() + 1)
 
 
 def _lowest(cavity: np.ndarray) -> np.ndarray:
@@ -45,10 +58,13 @@ def _lowest(cavity: np.ndarray) -> np.ndarray:
 
 
 def volume(classes: np.ndarray, spacing: np.ndarray, method: str = "simpson") -> float:
-    """LV cavity volume of task classes uint8 [H, W]; ml where spacing [2] is in mm, else 1000 px³. 0 with no cavity."""
+    """LV cavity volume of task classes uint8 [H, W]; ml where spacing [2] is in mm, else 1000 px³. 0 with no cavity.
+
+    Of a cavity in several parts the largest counts.
+    """
     if method not in METHODS:
         raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    cavity = classes == CAVITY
+    cavity = main_cavity(classes)
     if not cavity.any():
         return 0.0
     spacing = np.asarray(spacing, dtype=np.float64)

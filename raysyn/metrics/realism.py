@@ -20,12 +20,20 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     tr((Σ_aΣ_b)^½) is the sum of the singular values of A·Bᵀ for centred sets A, B scaled by 1/√(n−1): exact, stable and
     cheap where there are fewer frames than features; where there are more, A and B are replaced by their R factors.
+    Raises UserError for fewer than 2 rows in a set.
     """
+    _check_rows(2, "a Fréchet distance", a, b)
     centred_a, centred_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     small_a, small_b = _factor(centred_a), _factor(centred_b)
     cross = np.linalg.svd(small_a @ small_b.T, compute_uv=False).sum()
     spread = (centred_a**2).sum() + (centred_b**2).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread - 2 * cross)
+
+
+def _check_rows(least: int, what: str, *sets: np.ndarray) -> None:
+    for rows in sets:
+        if len(rows) < least:
+            raise UserError(f"frames: {len(rows)} are too few for {what}, which needs {least}")
 
 
 def _factor(x: np.ndarray) -> np.ndarray:
@@ -38,8 +46,10 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Unbiased squared MMD with the kernel (x·y/D + 1)³, mean and sd over random subsets (arXiv:1801.01401).
 
-    A subset holds half a small set at most: of the whole set there is but one, and no spread.
+    A subset holds half a small set at most: of the whole set there is but one, and no spread. Raises UserError for fewer
+    than 4 rows in a set.
     """
+    _check_rows(4, "a kernel distance", a, b)
     size = min(subset_size, len(a) // 2, len(b) // 2)
     rng = np.random.default_rng(seed)
     values = []
@@ -85,9 +95,16 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def histogram_distance(a: FrameArrays, b: FrameArrays) -> float:
-    """Wasserstein distance between the grey levels inside the sector, in grey levels (0 to 255)."""
+    """Wasserstein distance between the grey levels inside the sector, in grey levels (0 to 255).
+
+    Raises UserError where no label map of a set has a sector.
+    """
     levels = np.arange(256)
     counts = [np.bincount(f.image_u8[f.label_map != 0], minlength=256) for f in (a, b)]
+    for frames, count in zip((a, b), counts):
+        if not count.any():
+            named = frames.frame_id[0] if len(frames) else "no frame"
+            raise UserError(f"label maps: all are 0, outside the sector ({named}, …); realism is measured inside it")
     return float(stats.wasserstein_distance(levels, levels, *counts))
 
 

@@ -167,7 +167,7 @@ def _points(rows: Sequence[Row], *keys: str) -> list[dict[str, Any]]:
 
 
 def cost_figure(rows: Sequence[Row], cost: str, label: str, name: str, score: str = "mean_dice") -> FigureOf | None:
-    """Cost (log) against mean Dice with the Pareto front; None when fewer than two rows have both."""
+    """Cost (log) against mean Dice with the Pareto front and their rank correlation; None below two rows with both."""
     used = [r for r in _measured(rows, cost, score) if number(r, cost) > 0]  # type: ignore[operator]
     if len(used) < 2:
         return None
@@ -186,8 +186,15 @@ def cost_figure(rows: Sequence[Row], cost: str, label: str, name: str, score: st
     _scatter(axes, used, rows, cost, score)
     _legend(axes, rows, steps=len(used) <= 16, extra=[line, *extra])
     data = [{**p, "on_front": i in front} for i, p in enumerate(_points(used, cost, score))]
+    correlation = rank_correlation(costs, scores).text()
+    _below(axes, correlation)
     best = ", ".join(row_name(used[i]) for i in front)
-    return FigureOf(name, axes.get_title(loc="left"), f"On the front, cheapest first: {best}.", figure, data)
+    caption = f"{correlation}. On the front, cheapest first: {best}."
+    return FigureOf(name, axes.get_title(loc="left"), caption, figure, data)
+
+
+def _below(axes: Any, text: str) -> None:
+    axes.annotate(text, (0, -0.17), xycoords="axes fraction", fontsize=9, color=INK, annotation_clip=False)
 
 
 def _plain_log_ticks(axes: Any) -> None:
@@ -214,9 +221,7 @@ def realism_figure(rows: Sequence[Row], realism: str = "fd_lite0", score: str = 
     extra = _ceiling(axes, rows, score)
     _scatter(axes, used, rows, realism, score)
     _legend(axes, rows, steps=len(used) <= 16, extra=extra)
-    axes.annotate(
-        correlation.text(), (0, -0.17), xycoords="axes fraction", fontsize=9, color=INK, annotation_clip=False
-    )
+    _below(axes, correlation.text())
     caption = f"{correlation.text()}. {claim_text(correlation)}"
     name = "realism_dice" if realism == "fd_lite0" else f"realism_dice_{named.removeprefix('fd_')}"
     return FigureOf(name, "Realism against Dice", caption, figure, _points(used, realism, score))

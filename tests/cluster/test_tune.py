@@ -16,7 +16,7 @@ import pytest
 
 from raysyn.cluster.compare import compare
 from raysyn.cluster.task_runs import refuse_leak
-from raysyn.cluster.tune import check_nets, check_space, pareto_front, trial_task
+from raysyn.cluster.tune import _refit, check_nets, check_space, pareto_front, trial_task
 from raysyn.compose import load_job
 from raysyn.config import TaskConfig
 from raysyn.data.frames import read_arrays, write_frames
@@ -39,12 +39,48 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"min_faithfulness": {"choices": ["abc"]}}, r"search\.space\.min_faithfulness: 'abc' is not a number"),
         ({"lr": {"low": 0.1, "high": 0.01}}, r"search\.space\.lr: low 0\.1 is above high 0\.01"),
         ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, "a logarithmic range begins above 0"),
+        ({"lr": {"low": 1e-3, "high": 0.1, "lgo": True}}, r"search\.space\.lr: give"),
+        ({"lr": {"low": 1e-3, "high": 0.1, "log": "maybe"}}, r"search\.space\.lr: give"),
+        ({"lr": {"choices": 5}}, r"search\.space\.lr: give"),
+        ({"arch": {"low": 1, "high": 2}}, r"search\.space\.arch: 1 to 2 is no range of it; give choices"),
+        ({"kind": {"choices": ["segmentation"]}}, r"search\.space\.kind: not a key"),
+        ({"lr": None}, r"search\.space: names nothing"),
     ],
 )
 def test_a_wrong_space_names_its_key(space: dict, says: str) -> None:
     job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
     with pytest.raises(UserError, match=says):
         check_space(space, job)
+
+
+def test_a_range_has_the_type_of_its_key_and_null_takes_one_out() -> None:
+    job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
+    whole = {"low": 0, "high": 1}
+    space = {"real_fraction": whole, "min_faithfulness": whole, "train_set": whole, "num_steps": whole, "lr": None}
+    found = check_space(space, job)
+    assert {key: type(domain["high"]) for key, domain in found.items()} == {
+        "real_fraction": float,
+        "min_faithfulness": float,
+        "train_set": int,
+        "num_steps": int,
+    }
+
+
+def test_a_list_where_keys_belong_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"search\.space=\[lr\]: "):
+        load_job("tune", ["scale=tiny", "search.space=[lr]"])
+
+
+@pytest.mark.parametrize(("kind", "arch"), [("segmentation", "unet:small"), ("classification", "cnn:small")])
+def test_a_refit_is_scored_on_the_test_frames(tmp_path, kind: str, arch: str) -> None:
+    storage = Storage.at(tmp_path)
+    for patient, split in enumerate(("train", "validation", "test")):
+        write_frames(storage, f"{split}/shard-00000.parquet", phantom_patient(0, patient, 32, split))
+    task = TaskConfig(kind=kind, arch=arch, width=2, num_steps=2, batch_size=4)
+    scores = _refit(task, {"sets": [storage.uri], "real": storage.uri}, {})
+    assert all(-1 <= score <= 1 for score in scores)
+    again = _refit(task, {"sets": [storage.uri], "real": storage.uri}, {})
+    assert scores == again
 
 
 def test_nets_of_the_space_are_tried_before_any_trial() -> None:
@@ -88,6 +124,9 @@ def test_test_patients_in_a_training_set_are_refused(tmp_path) -> None:
     refuse_leak({"train": a}, b)
     with pytest.raises(UserError, match=r"train: holds test patients \(phantom-s0-p00000\)"):
         refuse_leak({"train": a}, a)
+    a.mask_frame_id[1] = b.frame_id[2]  # a mask of a test frame, under another patient's name
+    with pytest.raises(UserError, match=rf"train: .* drawn from their masks \({b.frame_id[2]}\); refused"):
+        refuse_leak({"train": a}, b)
 
 
 @pytest.mark.cluster
@@ -137,7 +176,8 @@ def test_killed_and_started_again_finished_trials_are_not_repeated(tmp_path) -> 
     manifest = json.loads(next(tmp_path.glob("tune/*/manifest.json")).read_text())
     assert manifest["num_trials"] == 4
     assert manifest["best_score"] == max(t["score"] for t in manifest["trials"])
-    assert len(manifest["refits"]) == 1
+    assert len(manifest["refits"]) == len(manifest["refit_tests"]) == 1
+    assert 0 <= manifest["refit_test_mean"] <= 1
     tried = [t["params"]["lr"] for t in manifest["trials"]]
     assert before[0] in tried
     assert finished().count(before[0]) == 1

@@ -94,6 +94,29 @@ def test_errors_are_against_the_labels_own_and_count_what_is_undefined() -> None
     assert nothing["ef_num_undefined"] == 2
 
 
+@pytest.mark.parametrize("method", ["simpson", "area_length"])
+def test_a_stray_pixel_changes_nothing_and_a_lone_one_has_a_volume(method: str) -> None:
+    stray = ellipse(60, 30)
+    stray[3:5, 3:5] = 1
+    assert volume(stray, np.ones(2), method) == volume(ellipse(60, 30), np.ones(2), method)
+    lone = np.zeros((32, 32), np.uint8)
+    lone[9, 9] = 1
+    assert 0 < volume(lone, np.array([0.5, 0.25]), method) < 1e-3
+
+
+def test_the_volume_of_a_coarse_cavity_has_no_bias_at_the_mitral_plane() -> None:
+    ratios = []
+    for angle in np.linspace(-0.4, 0.4, 9):
+        y, x = np.mgrid[:64, :64] - 31.5
+        along, across = y * math.cos(angle) + x * math.sin(angle), x * math.cos(angle) - y * math.sin(angle)
+        classes = ((along / 20) ** 2 + (across / 10) ** 2 <= 1).astype(np.uint8)
+        classes[along > 12] = 0
+        classes[(along > 12) & (along < 20) & (np.abs(across) < 8)] = 3
+        cap = math.pi * 100 / 400 * 8**2 * (60 - 8) / 3
+        ratios.append(volume(classes, np.ones(2)) * 1000 / (4 / 3 * math.pi * 20 * 100 - cap))
+    assert np.mean(ratios) == pytest.approx(1, abs=0.015)
+
+
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(UserError, match="biplane"):
         volume(ellipse(9, 5, 32), np.ones(2), "biplane")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raysyn.metrics.memorisation import memorisation, nearest_by_cosine, nearest_by_pixels
+from raysyn.metrics.memorisation import memorisation, nearest_by_cosine, nearest_by_pixels, nearest_by_shifted_pixels
 from raysyn.types import FrameArrays, UserError
 
 
@@ -48,6 +48,43 @@ def test_copies_are_found_and_named() -> None:
     assert len(found["worst_pairs"]) == 16
     assert found["worst_pairs"][0]["pixel_correlation"] > 0.99
     assert found["nearest_pixel_correlation"] > found["nearest_pixel_correlation_baseline"]
+
+
+def picture(n: int, seed: int, size: int = 64) -> np.ndarray:
+    """Speckle of a few pixels' grain."""
+    from scipy import ndimage
+
+    fine = np.random.default_rng(seed).normal(size=(n, size, size))
+    return (128 + 120 * ndimage.gaussian_filter(fine, (0, 1.2, 1.2))).clip(0, 255).astype(np.uint8)
+
+
+def test_copies_that_were_moved_or_made_noisy_are_found_whatever_their_features() -> None:
+    rng = np.random.default_rng(7)
+    train, test = frames_of(picture(40, 0), "t"), frames_of(picture(100, 1), "h")
+    images = picture(40, 2)
+    for i in range(4):
+        images[i] = np.roll(train.image_u8[i], (i - 4, i), (0, 1))
+    images[4] = (train.image_u8[4] + rng.normal(0, 8, (64, 64))).clip(0, 255)
+    made = frames_of(images, "s")
+    blind = [rng.normal(size=(len(f), 4)) for f in (made, train, test)]
+    found = memorisation(made, train, test, tuple(blind), num_pairs=5)
+    assert found["equal_rate"] == 5 / 40
+    assert found["copy_rate"] == pytest.approx(5 / 40, abs=0.03)
+    assert {(p["synthetic"], p["nearest"]) for p in found["worst_pairs"]} == {(f"s{i}", f"t{i}") for i in range(5)}
+
+
+def test_the_best_shift_is_numpys() -> None:
+    a, b = noise(3, 0, 20)[:, :, :18], noise(3, 1, 20)[:, :, :18]
+    b[0] = np.roll(a[0], (1, -1), (0, 1)) // 2 + 3
+    every = [
+        [np.corrcoef(x[1:-1, 1:-1].ravel(), y[1 + i : 19 + i, 1 + j : 17 + j].ravel())[0, 1] for x, y in zip(a, b)]
+        for i in (-1, 0, 1)
+        for j in (-1, 0, 1)
+    ]
+    found = nearest_by_shifted_pixels(frames_of(a, "a"), frames_of(b, "b"), np.arange(3))
+    assert found.index[0] == 0
+    assert (found.similarity >= np.max(every, axis=0) - 1e-9).all()
+    assert found.similarity[0] == pytest.approx(np.max(every, axis=0)[0])
 
 
 def test_new_frames_are_no_copies() -> None:

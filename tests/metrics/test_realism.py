@@ -168,6 +168,18 @@ def test_too_few_frames_name_the_number_needed(sets) -> None:
         realism(a.take([0, 1, 2]), a)
 
 
+def test_each_estimator_names_the_number_it_needs(sets) -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 3))
+    for measure, least in ((frechet_distance, 2), (kernel_distance, 4), (precision_recall, 6)):
+        measure(rows, rows[:least])
+        with pytest.raises(UserError, match=rf"{least - 1} are too few .* need(s)? {least}"):
+            measure(rows, rows[: least - 1])
+    nowhere = sets[0].take(range(8))
+    nowhere.label_map = np.zeros_like(nowhere.label_map)
+    with pytest.raises(UserError, match="label maps: all are 0"):
+        histogram_distance(nowhere, sets[0])
+
+
 def test_extractors_without_weights_are_refused(tmp_path) -> None:
     (tmp_path / "any.pt").write_bytes(b"")
     with pytest.raises(UserError, match="'no_such_net' is no model of timm's"):
