@@ -218,11 +218,12 @@ class ShardWriter:
         self, split: str, request: Request, label_map: np.ndarray, image: np.ndarray, seed: int, score: float | None
     ) -> Frame:
         spec, masks, i = self.spec, self.masks[split], request.mask_index
+        view = VIEWS[masks.view[i]]
         return Frame(
-            frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed, label_map),
+            frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed, label_map, view),
             image=image,
             label_map=label_map,
-            view=VIEWS[masks.view[i]],
+            view=view,
             phase=masks.phase[i],
             patient_id=masks.patient_id[i],
             split=split,
