@@ -266,6 +266,6 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "metadata": spec.metadata,
         "shards": records,
     }
-    write_card(stage, spec, manifest)
+    write_card(stage, spec, manifest, config.data.name)
     stage.storage.clean_temporaries(older_than_s=0)
     return stage.finish(manifest)
