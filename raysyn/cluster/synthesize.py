@@ -20,7 +20,7 @@ from typing import Any
 
 from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.metrics_export import count
-from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
+from raysyn.cluster.sampler_actor import SUMMED, ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, open_stage
 from raysyn.cluster.synthesis_card import write_card
@@ -32,7 +32,6 @@ from raysyn.data.schema import SCHEMA_VERSION
 from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
-SUMMED = tuple(f"{part}{unit}" for part in ("", "decode_", "rejected_") for unit in ("cpu_seconds", "gpu_seconds"))
 PACKAGES = ("torch", "diffusers", "numpy", "pyarrow", "pillow")
 
 
@@ -78,13 +77,13 @@ def find_model(config: SynthesizeJob) -> str:
     from raysyn.cluster.inputs import prepare_fingerprint
 
     job = _as(FitJob, config, model=config.model)
-    done = open_stage(config.storage, "fit", fit_fingerprint(job, prepare_fingerprint(config))).outcome()
-    if done is None:
+    fitted = open_stage(config.storage, "fit", fit_fingerprint(job, prepare_fingerprint(config)))
+    if fitted.outcome() is None:
         raise UserError(
             f"model: {config.model.name} is not fitted under {config.storage}; run python jobs/fit.py "
             f"model={config.model.name} scale={config.scale} with the same data first, or give model_dir="
         )
-    return str(done.manifest["model_dir"])
+    return fitted.storage.join("model").uri  # not as the manifest has it: a storage may be moved
 
 
 def mask_ids(frames: str, splits: list[str]) -> dict[str, list[str]]:

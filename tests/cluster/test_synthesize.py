@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -21,7 +22,7 @@ from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulnes
 from raysyn.cluster.stage import open_stage
 from raysyn.cluster.synthesis_folder import json_values, lost_shards, refuse_foreign
 from raysyn.cluster.synthesize import claim
-from raysyn.config import SamplerConfig, SynthesizeConfig
+from raysyn.config import SamplerConfig, SynthesizeConfig, TaskConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
 from raysyn.data.phantom import phantom_patient
 from raysyn.data.requests import RequestPlan
@@ -435,14 +436,19 @@ def test_what_a_worker_cannot_load_is_refused_and_no_fault(frames, tmp_path, mon
     spec = make_spec(frames, tmp_path / "runs", segmenter_dir=str(tmp_path / "segmenter"))
     with pytest.raises(UserError, match="segmenter: not a task model"):
         faithfulness_of(spec.config)
+    with monkeypatch.context() as patched:
+        patched.setattr("raysyn.tasks.fitting.load_task", lambda _: SimpleNamespace(task=TaskConfig("classification")))
+        with pytest.raises(UserError, match="segmenter holds a classification network"):
+            faithfulness_of(spec.config)
     writer = ShardWriter(spec)
     shard = next(spec.plan.shards())
     rows = {key: np.array([getattr(shard, key)]) for key in ("split", "number", "start", "stop")}
     assert "segmenter: not a task model" in writer(rows)["refused"][0]
     record = Storage.at(spec.output)
     record.write_atomic(shard.name, b"x")
-    record.write_json(shard.record, {})
-    assert read_record(record, shard) is None
+    for altered in ({}, [], {"bytes": 1}):
+        record.write_json(shard.record, altered)
+        assert read_record(record, shard) is None
 
 
 @pytest.mark.cluster
@@ -463,6 +469,18 @@ def test_the_data_set_opens_without_our_code(undisturbed) -> None:
     card = Path(folder, "README.md").read_text()
     assert "samples.png" in card
     assert Path(folder, "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_fit_is_found_where_its_storage_was_moved_to(tmp_path) -> None:
+    from raysyn.cluster.fit import fit_fingerprint
+    from raysyn.cluster.inputs import prepare_fingerprint
+    from raysyn.cluster.synthesize import find_model
+    from raysyn.compose import load_job
+
+    jobs = [load_job(job, ["scale=tiny", "model=edm", f"storage={tmp_path}"]) for job in ("fit", "synthesize")]
+    stage = open_stage(str(tmp_path), "fit", fit_fingerprint(jobs[0], prepare_fingerprint(jobs[0])))
+    stage.finish({"model_dir": "/where/it/was/fitted/model"})
+    assert find_model(jobs[1]) == f"{stage.path}/model"
 
 
 def test_a_quality_gate_without_a_judge_is_refused(tmp_path) -> None:

@@ -74,6 +74,8 @@ def test_a_frame_id_names_all_that_determines_the_image() -> None:
 def test_test_patients_and_no_masks_are_refused() -> None:
     with pytest.raises(UserError, match="may not be used"):
         SynthesizeConfig(mask_splits=["test"])
+    with pytest.raises(UserError, match="mask_splits: is empty"):
+        SynthesizeConfig(mask_splits=[])
     with pytest.raises(UserError, match="no masks"):
         RequestPlan.of(SynthesizeConfig(), {"train": [], "validation": []})
 
