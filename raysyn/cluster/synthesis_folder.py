@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from raysyn.cluster.sampler_actor import SynthesisSpec
-from raysyn.cluster.stage import MANIFEST, StageDir
+from raysyn.cluster.stage import StageDir
 from raysyn.data.frames import open_shard
 from raysyn.data.requests import RequestPlan
 from raysyn.types import UserError
@@ -65,24 +65,6 @@ def _told_by_shards(stage: StageDir) -> dict[str, Any]:
     if names:
         raise UserError(f"{stage.path}: holds Parquet files that are not this data set's; overwrite=true replaces them")
     return {}
-
-
-def lost_shards(stage: StageDir, manifest: Any) -> bool:
-    """Whether shards of a finished data set are gone or cut off; if so it is unfinished again.
-
-    Raises UserError for a manifest that tells of no shards.
-    """
-    sizes = stage.storage.sizes(suffix=".parquet")
-    try:
-        lost = [record["name"] for record in manifest["shards"] if sizes.get(record["name"]) != record["bytes"]]
-    except (KeyError, TypeError):
-        where = stage.storage.locate(MANIFEST)
-        raise UserError(f"{where}: tells of no shards, so it was altered; remove it and run again") from None
-    if lost:
-        says = f"{len(lost)} shards of {stage.path} are gone or cut off, first {lost[0]}; drawing them again"
-        print(f"synthesize: {says}", flush=True)
-        stage.storage.remove(MANIFEST)
-    return bool(lost)
 
 
 def refuse_foreign(stage: StageDir, plan: RequestPlan) -> None:

@@ -22,9 +22,9 @@ from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.metrics_export import count
 from raysyn.cluster.sampler_actor import SUMMED, ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage import StageDir, lost_shards, open_stage
 from raysyn.cluster.synthesis_card import write_card
-from raysyn.cluster.synthesis_folder import claim, json_values, lost_shards, refuse_foreign
+from raysyn.cluster.synthesis_folder import claim, json_values, refuse_foreign
 from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
 from raysyn.data.frames import frame_files, read_light
 from raysyn.data.requests import RequestPlan

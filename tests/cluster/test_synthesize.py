@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, read_record, settings_of
-from raysyn.cluster.stage import open_stage
-from raysyn.cluster.synthesis_folder import json_values, lost_shards, refuse_foreign
+from raysyn.cluster.stage import lost_shards, open_stage
+from raysyn.cluster.synthesis_folder import json_values, refuse_foreign
 from raysyn.cluster.synthesize import claim
 from raysyn.config import SamplerConfig, SynthesizeConfig, TaskConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
