@@ -234,6 +234,13 @@ def _is_temporary(name: str) -> bool:
 
 
 def _write_local(path: Path, data: bytes) -> None:
+    try:
+        _replace_local(path, data)
+    except FileNotFoundError:  # another run of the same work, finishing, took the temporary file for a dead writer's
+        _replace_local(path, data)
+
+
+def _replace_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"
     try:
