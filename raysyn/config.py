@@ -291,6 +291,8 @@ class SynthesizeConfig:
         _within(self, min_faithfulness=(0, 1), max_attempts=(1, 100), modulation_cache_bytes=(0, INF))
         if self.shard_size % self.batch_size:
             raise UserError(f"shard_size: {self.shard_size} is not a multiple of batch_size {self.batch_size}")
+        if not self.mask_splits:
+            raise UserError("mask_splits: is empty; give train, validation or both")
         unknown = sorted(set(self.mask_splits) - {"train", "validation"})
         if unknown:
             raise UserError(f"mask_splits: {unknown} may not be used; conditions come from train and validation only")

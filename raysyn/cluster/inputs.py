@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage import StageDir, lost_shards, open_stage
 from raysyn.config import DataConfig, JobConfig, fingerprint
 from raysyn.data.frame_sets import check_frames
 from raysyn.data.frames import frames_to_table, table_to_bytes
@@ -87,7 +87,7 @@ def prepare(config: JobConfig) -> Outcome:
     )
     if config.plan_only:
         return _plan(stage, reader, index, chunks)
-    if (done := stage.outcome()) is not None:
+    if (done := stage.outcome()) is not None and not lost_shards(stage, done.manifest):
         return done
     for note in index.notes:
         print(f"prepare: note: {note}", flush=True)

@@ -62,12 +62,15 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
         print(_usage(job), end="")
         return 0
     signal.signal(signal.SIGTERM, _on_sigterm)
+    again = "the same command"
     try:
         overrides = [a for a in argv if a != "--config"]
         config = load_job(job, [*environment_overrides(overrides), *overrides])
         if "--config" in argv:
             _print_config(config)
             return 0
+        if config.overwrite:
+            again += " without overwrite=true"
         module, _, function = stage.partition(":")
         outcome: Outcome = getattr(importlib.import_module(module), function)(config)
     except UserError as error:
@@ -77,10 +80,10 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
         print(f"raysyn {job}: {fault}", file=sys.stderr)
         return 1
     except Resumable as stop:
-        print(f"raysyn {job}: {stop}; resumable: run the same command again to go on", file=sys.stderr)
+        print(f"raysyn {job}: {stop}; resumable: run {again} again to go on", file=sys.stderr)
         return 0
     except KeyboardInterrupt:
-        print(f"raysyn {job}: interrupted; resumable: run the same command again to go on", file=sys.stderr)
+        print(f"raysyn {job}: interrupted; resumable: run {again} again to go on", file=sys.stderr)
         return 130
     except Exception as error:
         user = _user_error_within(error)
@@ -90,7 +93,7 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
         if os.environ.get("RAYSYN_TRACEBACK", "1") != "0":
             traceback.print_exc()
         print(
-            f"raysyn {job}: failed ({type(error).__name__}); what is whole is kept, the same command resumes",
+            f"raysyn {job}: failed ({type(error).__name__}); what is whole is kept, {again} resumes",
             file=sys.stderr,
         )
         return 1

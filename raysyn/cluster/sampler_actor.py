@@ -25,6 +25,9 @@ from raysyn.data.storage import Storage
 from raysyn.metrics.cost import Cost, measured
 from raysyn.types import VIEWS, Frame, Provenance, UserError
 
+SUMMED = tuple(f"{part}{unit}" for part in ("", "decode_", "rejected_") for unit in ("cpu_seconds", "gpu_seconds"))
+RECORD = {"name", "rows", "bytes", "sha256", "seconds", *SUMMED, "attempts", "below_min_faithfulness", "energy_joules"}
+RECORD |= {"peak_memory_mb", "peak_gpu_memory_mb"}  # what the manifest is made from
 LOOK_UPS = 32  # at once, of shards in an object store: each is a round trip
 
 
@@ -221,11 +224,12 @@ class ShardWriter:
         self, split: str, request: Request, label_map: np.ndarray, image: np.ndarray, seed: int, score: float | None
     ) -> Frame:
         spec, masks, i = self.spec, self.masks[split], request.mask_index
+        view = VIEWS[masks.view[i]]
         return Frame(
-            frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed, label_map),
+            frame_id=synthetic_frame_id(spec.settings, request.mask_frame_id, request.warp_seed, seed, label_map, view),
             image=image,
             label_map=label_map,
-            view=VIEWS[masks.view[i]],
+            view=view,
             phase=masks.phase[i],
             patient_id=masks.patient_id[i],
             split=split,
@@ -291,7 +295,7 @@ def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
         record: dict[str, Any] = storage.read_json(shard.record)
     except FileNotFoundError:
         return None
-    whole = isinstance(record, dict) and record.get("bytes") == storage.size(shard.name)
+    whole = isinstance(record, dict) and record.keys() >= RECORD and record["bytes"] == storage.size(shard.name)
     return record if whole else None
 
 
@@ -317,6 +321,8 @@ def faithfulness_of(config: SynthesizeConfig) -> Any:
     from raysyn.tasks.segmentation import predict_label_maps
 
     segmenter = load_task(local_copy(config.segmenter_dir))
+    if segmenter.task.kind != "segmentation":
+        raise UserError(f"synthesize.segmenter_dir: {config.segmenter_dir} holds a {segmenter.task.kind} network")
     return lambda images, maps: mean_region_dice(predict_label_maps(segmenter, images), maps)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raysyn.data.storage import Storage
-from raysyn.types import Outcome
+from raysyn.types import Outcome, UserError
 
 MANIFEST = "manifest.json"
 
@@ -44,6 +44,25 @@ class StageDir:
         }
         self.storage.write_json(MANIFEST, manifest)
         return Outcome(self.stage, self.path, self.fingerprint, manifest)
+
+
+def lost_shards(stage: StageDir, manifest: Any) -> bool:
+    """Whether shards of a finished frame set are gone or cut off; if so they are removed and it is unfinished again.
+
+    Raises UserError for a manifest that tells of no shards.
+    """
+    sizes = stage.storage.sizes(suffix=".parquet")
+    try:
+        lost = [record["name"] for record in manifest["shards"] if sizes.get(record["name"]) != record["bytes"]]
+    except (KeyError, TypeError):
+        where = stage.storage.locate(MANIFEST)
+        raise UserError(f"{where}: tells of no shards, so it was altered; remove it and run again") from None
+    if lost:
+        says = f"{len(lost)} shards of {stage.path} are gone or cut off, first {lost[0]}; making them again"
+        print(f"{stage.stage}: {says}", flush=True)
+        for name in (MANIFEST, *lost):
+            stage.storage.remove(name)
+    return bool(lost)
 
 
 def open_stage(storage_uri: str, stage: str, fingerprint: str, *, overwrite: bool = False) -> StageDir:

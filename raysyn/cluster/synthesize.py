@@ -12,6 +12,7 @@ Seconds are in the shard's record and the manifest, not in the rows: a clock in 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
 from importlib.metadata import version
@@ -19,10 +20,11 @@ from typing import Any
 
 from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.metrics_export import count
-from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
+from raysyn.cluster.sampler_actor import SUMMED, ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.stage import MANIFEST, StageDir, open_stage
+from raysyn.cluster.stage import StageDir, lost_shards, open_stage
 from raysyn.cluster.synthesis_card import write_card
+from raysyn.cluster.synthesis_folder import claim, json_values, refuse_foreign
 from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
 from raysyn.data.frames import frame_files, read_light
 from raysyn.data.requests import RequestPlan
@@ -30,8 +32,6 @@ from raysyn.data.schema import SCHEMA_VERSION
 from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
-PLAN = "plan.json"
-SUMMED = tuple(f"{part}{unit}" for part in ("", "decode_", "rejected_") for unit in ("cpu_seconds", "gpu_seconds"))
 PACKAGES = ("torch", "diffusers", "numpy", "pyarrow", "pillow")
 
 
@@ -52,24 +52,13 @@ def synthesize(config: SynthesizeJob) -> Outcome:
         stage = open_stage(
             config.storage, "synthesize", spec.metadata["raysyn_fingerprint"], overwrite=config.overwrite
         )
-        if (done := stage.outcome()) is not None and not _lost(stage, done.manifest):
+        if (done := stage.outcome()) is not None and not lost_shards(stage, done.manifest):
+            refuse_foreign(stage, spec.plan)
             return done
         spec = claim(stage, spec)
         with watch(lambda: spec.key):
             draw_missing(config, stage, spec)
         return finish(config, stage, spec)
-
-
-def _lost(stage: StageDir, manifest: dict[str, Any]) -> bool:
-    """Whether shards of a finished data set are gone; if so it is unfinished again."""
-    there = set(stage.storage.list(suffix=".parquet"))
-    lost = [record["name"] for record in manifest["shards"] if record["name"] not in there]
-    if lost:
-        print(
-            f"synthesize: {len(lost)} shards of {stage.path} are gone, first {lost[0]}; drawing them again", flush=True
-        )
-        stage.storage.remove(MANIFEST)
-    return bool(lost)
 
 
 def _as(cls: type, config: SynthesizeJob, **values: Any) -> Any:
@@ -88,13 +77,13 @@ def find_model(config: SynthesizeJob) -> str:
     from raysyn.cluster.inputs import prepare_fingerprint
 
     job = _as(FitJob, config, model=config.model)
-    done = open_stage(config.storage, "fit", fit_fingerprint(job, prepare_fingerprint(config))).outcome()
-    if done is None:
+    fitted = open_stage(config.storage, "fit", fit_fingerprint(job, prepare_fingerprint(config)))
+    if fitted.outcome() is None:
         raise UserError(
             f"model: {config.model.name} is not fitted under {config.storage}; run python jobs/fit.py "
             f"model={config.model.name} scale={config.scale} with the same data first, or give model_dir="
         )
-    return str(done.manifest["model_dir"])
+    return fitted.storage.join("model").uri  # not as the manifest has it: a storage may be moved
 
 
 def mask_ids(frames: str, splits: list[str]) -> dict[str, list[str]]:
@@ -135,17 +124,21 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
     placement = ("modulation_cache_bytes", "compile", "plan_only")  # a grey level at most, as the kind of device does
     decisive = {k: v for k, v in dataclasses.asdict(synthesis).items() if k not in placement}
-    key = fingerprint("synthesize 3", frames_fingerprint, settings, decisive)
+    segmenter = decisive["segmenter_dir"] = _segmenter_sha256(synthesis)  # what it is, not where it lies
+    key = fingerprint("synthesize 4", frames_fingerprint, settings, decisive)
     metadata = {
         "raysyn_fingerprint": key,
         "raysyn_schema_version": SCHEMA_VERSION,
         "raysyn_model": model.config.name,
         "raysyn_checkpoint_sha256": model.checkpoint_sha256,
         "raysyn_threads": str(config.workers.threads_per_worker),
-        "raysyn_sampler": str(sorted(dataclasses.asdict(sampler).items())),
+        "raysyn_sampler": json.dumps(json_values(settings["sampler"]), sort_keys=True),
+        "raysyn_warp": json.dumps(json_values(settings["warp"]), sort_keys=True),
+        "raysyn_amp": synthesis.amp,
         "raysyn_packages": ", ".join(f"{p} {version(p)}" for p in PACKAGES),
     }
-    faithfulness_of(synthesis)  # a segmenter that cannot be read is refused here, not on the workers
+    if segmenter:
+        metadata["raysyn_segmenter_sha256"] = segmenter
     return SynthesisSpec(
         plan=RequestPlan.of(synthesis, mask_ids(frames, synthesis.mask_splits)),
         config=synthesis,
@@ -163,30 +156,14 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
     )
 
 
-def claim(stage: StageDir, spec: SynthesisSpec) -> SynthesisSpec:
-    """Say whose folder this is before the first shard. Raises UserError when it holds another data set.
+def _segmenter_sha256(config: SynthesizeConfig) -> str:
+    """Of the segmenter that judges, "" without one; one that cannot be read is refused here, not on the workers."""
+    if faithfulness_of(config) is None:
+        return ""
+    from raysyn.cluster.model_store import local_copy
+    from raysyn.tasks.fitting import task_sha256
 
-    Returns `spec` with the threads that the first run here had: sums of floats may depend on their number, so a data
-    set is finished with the number it was begun with.
-    """
-    mine = {"fingerprint": stage.fingerprint, "num_requests": spec.plan.num_requests(), "settings": spec.settings}
-    mine |= {"threads": spec.threads, "packages": spec.metadata.get("raysyn_packages", "")}
-    if stage.storage.exists(PLAN):
-        read = stage.storage.read_json(PLAN)
-        theirs = read if isinstance(read, dict) else {}
-        if any(theirs.get(key) != mine[key] for key in ("fingerprint", "num_requests")):
-            whose = theirs.get("fingerprint", f"{PLAN} names none")
-            raise UserError(f"{stage.path}: holds another data set ({whose}); overwrite=true replaces it")
-        if theirs.get("packages", mine["packages"]) != mine["packages"]:
-            print(f"{spec.key}: begun with {theirs['packages']}, now {mine['packages']}; each shard tells its own")
-    elif stage.storage.list(suffix=".parquet"):
-        raise UserError(f"{stage.path}: holds Parquet files that are not this data set's; overwrite=true replaces them")
-    else:
-        stage.storage.write_json(PLAN, mine)
-        theirs = mine
-    stage.storage.clean_temporaries(older_than_s=600)  # a killed run's last writer may still be at it
-    threads = theirs.get("threads", spec.threads)
-    return dataclasses.replace(spec, threads=threads, metadata={**spec.metadata, "raysyn_threads": str(threads)})
+    return task_sha256(local_copy(config.segmenter_dir))
 
 
 def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> None:
@@ -274,7 +251,7 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "frames": stage.path,
         "model": spec.model,
         "model_dir": spec.model_dir,
-        **spec.settings,
+        **json_values(spec.settings),
         "num_frames": images,
         "num_attempts": attempts,
         "num_rejected": attempts - images,
@@ -288,6 +265,6 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "metadata": spec.metadata,
         "shards": records,
     }
-    write_card(stage, spec, manifest)
+    write_card(stage, spec, manifest, config.data.name)
     stage.storage.clean_temporaries(older_than_s=0)
     return stage.finish(manifest)

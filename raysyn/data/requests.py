@@ -109,11 +109,11 @@ class RequestPlan:
 
 
 def synthetic_frame_id(
-    settings: dict[str, Any], mask_frame_id: str, warp_seed: int, noise_seed: int, label_map: np.ndarray
+    settings: dict[str, Any], mask_frame_id: str, warp_seed: int, noise_seed: int, label_map: np.ndarray, view: str
 ) -> str:
-    """Hash of what determines an image: checkpoint and sampler (`settings`), mask and its warp, noise seed, and the warped
-    label map uint8 [H, W] itself, since a mask may be corrected under its name."""
+    """Hash of what determines an image: checkpoint and sampler (`settings`), mask and its warp, noise seed, and the view
+    and the warped label map uint8 [H, W] themselves, since a mask may be corrected under its name."""
     content = hashlib.sha256(label_map.tobytes()).hexdigest()
-    parts = [settings, mask_frame_id, warp_seed, noise_seed, label_map.shape, content]
+    parts = [settings, mask_frame_id, warp_seed, noise_seed, label_map.shape, content, view]
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return "syn-" + hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -118,14 +118,18 @@ class Storage:
 
         Files still being written (temporary names) are left out; `suffix` keeps names that end so.
         """
-        return [n for n in self._list(prefix) if n.endswith(suffix) and not _is_temporary(n)]
+        return list(self.sizes(prefix, suffix))
 
-    def _list(self, prefix: str) -> Names:
+    def sizes(self, prefix: str = "", suffix: str = "") -> dict[str, int]:
+        """Bytes of the files that `list` names, by name."""
+        return {n: s for n, s in self._list(prefix).items() if n.endswith(suffix) and not _is_temporary(n)}
+
+    def _list(self, prefix: str) -> dict[str, int]:
         selector = pafs.FileSelector(self._at(prefix.strip("/")), recursive=True, allow_not_found=True)
         with _clear_errors("reading", self.locate(prefix)):
             found = self.fs.get_file_info(selector)
         start = len(self.path.rstrip("/")) + 1
-        return sorted(info.path[start:] for info in found if info.type == pafs.FileType.File)
+        return dict(sorted((info.path[start:], int(info.size)) for info in found if info.type == pafs.FileType.File))
 
     def open_input(self, name: str) -> Any:
         """A `pyarrow.NativeFile` with random access, for Parquet. Raises FileNotFoundError, UserError (permission).
@@ -230,6 +234,13 @@ def _is_temporary(name: str) -> bool:
 
 
 def _write_local(path: Path, data: bytes) -> None:
+    try:
+        _replace_local(path, data)
+    except FileNotFoundError:  # another run of the same work, finishing, took the temporary file for a dead writer's
+        _replace_local(path, data)
+
+
+def _replace_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"
     try:

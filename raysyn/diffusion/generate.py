@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raysyn.config import SamplerConfig
-from raysyn.diffusion.noise import seeded_noise, sigma_grid, sigma_range
+from raysyn.diffusion.noise import noise_stream, seeded_noise, sigma_grid, sigma_range
 from raysyn.diffusion.precondition import Denoiser, Preconditioning
 from raysyn.diffusion.solvers import S_CHURN, SOLVERS
 from raysyn.types import UserError
@@ -130,10 +130,10 @@ def _solver_options(
     if sampler.solver not in ("stochastic_heun", "ddpm"):
         return {}
     # A stream of its own, not the one that drew x: else the first fresh noise would equal the initial one.
-    streams = [torch.Generator().manual_seed(int(s) ^ 0x5DEECE66D) for s in seeds]
+    streams = [noise_stream(seed, 1) for seed in seeds]
 
     def noise(like: Tensor) -> Tensor:
-        fresh = torch.stack([torch.randn(*shape, generator=g) for g in streams])
+        fresh = torch.stack([stream(shape) for stream in streams])
         return fresh.to(like.device, like.dtype)
 
     if sampler.solver == "ddpm":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +100,16 @@ def sigma_grid(sampler: SamplerConfig, precondition: Preconditioning) -> Tensor:
     return rounded
 
 
+def noise_stream(seed: int, number: int = 0) -> Callable[[Sequence[int]], Tensor]:
+    """Stream `number` of a seed's noise: a function (shape) -> standard normal, float32 on the CPU, new at each call.
+
+    All 64 bits of the seed count; torch's CPU generator reads the lower 32 alone, and among 100,000 seeds two would agree.
+    """
+    sequence = np.random.SeedSequence(int(seed) % 2**64, spawn_key=(number,))
+    generator = np.random.Generator(np.random.PCG64(sequence))
+    return lambda shape: torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+
+
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise, float32 [B, *shape] on the CPU, each image from a generator of its own seed."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+    """Standard normal noise, float32 [B, *shape] on the CPU, each image's from its own seed."""
+    return torch.stack([noise_stream(seed)(shape) for seed in seeds])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import time
@@ -54,6 +55,14 @@ class FittedTask:
         save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "task.safetensors")
         facts = {"task": to_dict(self.task), "image_size": self.image_size, "best_score": self.best_score}
         (folder / "task.json").write_text(json.dumps(facts, indent=2))
+
+
+def task_sha256(folder: str | Path) -> str:
+    """sha256 over what `FittedTask.save` wrote. Raises OSError where it is not there."""
+    digest = hashlib.sha256()
+    for name in ("task.json", "task.safetensors"):
+        digest.update((Path(folder) / name).read_bytes())
+    return digest.hexdigest()
 
 
 def load_task(folder: str | Path) -> FittedTask:

@@ -56,6 +56,17 @@ def test_exit_codes(stage, code: int, says: str, capsys: pytest.CaptureFixture[s
     assert says in out + err
 
 
+@pytest.mark.parametrize("stage", [breaks, stops])
+def test_what_overwriting_began_is_gone_on_with_without_it(stage, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    sys.modules.setdefault(__name__, sys.modules[stage.__module__])
+    try:
+        run_job("fit", f"{stage.__module__}:{stage.__name__}", ["overwrite=true"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "the same command without overwrite=true" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("job", ["prepare", "fit", "synthesize", "tune", "compare"])
 def test_help_and_bad_keys_are_quick_and_clear(job: str) -> None:
     started = time.monotonic()

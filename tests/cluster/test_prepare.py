@@ -126,6 +126,10 @@ def test_phantom(session, tmp_path: Path) -> None:
     again = prepare(phantom_job(tmp_path))
     assert again.skipped
     assert again.manifest == manifest
+    for name, damage in (("train/shard-00000.parquet", b"PAR1"), ("test/shard-00000.parquet", None)):
+        place = Path(outcome.path, name)
+        place.unlink() if damage is None else place.write_bytes(damage)
+        assert prepare(phantom_job(tmp_path)).manifest["shards"] == manifest["shards"], "made again"
 
 
 @pytest.mark.cluster

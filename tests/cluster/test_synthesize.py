@@ -12,15 +12,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, read_record, settings_of
-from raysyn.cluster.stage import open_stage
-from raysyn.cluster.synthesize import _lost, claim
-from raysyn.config import SamplerConfig, SynthesizeConfig
+from raysyn.cluster.stage import lost_shards, open_stage
+from raysyn.cluster.synthesis_folder import json_values, refuse_foreign
+from raysyn.cluster.synthesize import claim
+from raysyn.config import SamplerConfig, SynthesizeConfig, TaskConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
 from raysyn.data.phantom import phantom_patient
 from raysyn.data.requests import RequestPlan
@@ -374,15 +376,55 @@ def test_what_a_killed_overwrite_leaves_is_not_whole(tmp_path, monkeypatch) -> N
 
 def test_a_finished_set_that_lost_a_shard_is_unfinished(tmp_path, capsys) -> None:
     stage = open_stage(str(tmp_path), "synthesize", "key")
-    for name in "ab":
-        stage.storage.write_atomic(f"train/{name}.parquet", b"x")
-    manifest = {"shards": [{"name": f"train/{name}.parquet"} for name in "ab"]}
-    stage.finish(manifest)
-    assert not _lost(stage, manifest)
-    stage.storage.remove("train/b.parquet")
-    assert _lost(stage, manifest)
-    assert stage.outcome() is None
-    assert "1 shards of" in capsys.readouterr().out
+    manifest = {"shards": [{"name": f"train/{name}.parquet", "bytes": 1} for name in "ab"]}
+    for damage in (lambda name: stage.storage.remove(name), lambda name: stage.storage.write_atomic(name, b"")):
+        for name in "ab":
+            stage.storage.write_atomic(f"train/{name}.parquet", b"x")
+        stage.finish(manifest)
+        assert not lost_shards(stage, manifest)
+        damage("train/b.parquet")
+        assert lost_shards(stage, manifest)
+        assert stage.outcome() is None
+        assert "1 shards of" in capsys.readouterr().out
+    for altered in ({}, [], {"shards": 3}, {"shards": [{"name": "train/a.parquet"}]}):
+        with pytest.raises(UserError, match=r"manifest\.json: tells of no shards"):
+            lost_shards(stage, altered)
+
+
+def test_a_lost_plan_is_told_by_the_shards(frames, tmp_path) -> None:
+    spec = make_spec(frames, tmp_path)
+    stage = open_stage(str(tmp_path), "synthesize", "drill")
+    told = {"raysyn_fingerprint": "drill", "raysyn_threads": "3", "raysyn_packages": "torch 1"}
+    name = list(spec.plan.shards())[1].name
+    stage.storage.write_atomic(next(spec.plan.shards()).name, b"cut off")
+    write_frames(stage.storage, name, list(read_frames(frames, limit=1)), told)
+    assert claim(stage, spec).threads == 3
+    assert stage.storage.read_json("plan.json")["packages"] == "torch 1"
+    stage.storage.remove("plan.json")
+    write_frames(stage.storage, name, list(read_frames(frames, limit=1)), {**told, "raysyn_fingerprint": "other"})
+    with pytest.raises(UserError, match="not this data set's"):
+        claim(stage, spec)
+
+
+def test_a_file_that_readers_would_take_for_a_shard_is_refused(frames, tmp_path) -> None:
+    spec = make_spec(frames, tmp_path)
+    stage = open_stage(str(tmp_path), "synthesize", "drill")
+    claim(stage, spec)
+    stage.storage.write_atomic(next(spec.plan.shards()).name, b"x")
+    stage.storage.write_atomic("notes.txt", b"x")
+    claim(stage, spec)
+    stage.storage.write_atomic("train/shard-00000 (copy).parquet", b"x")
+    for check in (lambda: claim(stage, spec), lambda: refuse_foreign(stage, spec.plan)):
+        with pytest.raises(UserError, match=r"\(copy\)\.parquet: not a shard of this data set"):
+            check()
+
+
+def test_what_is_written_of_a_synthesis_is_json_to_every_reader(frames, tmp_path) -> None:
+    spec = make_spec(frames, tmp_path)
+    stage = open_stage(str(tmp_path), "synthesize", "drill")
+    claim(stage, spec)
+    assert b"Infinity" not in stage.storage.read_bytes("plan.json")
+    assert json_values(spec.settings)["sampler"]["guidance_sigma_max"] is None
 
 
 def test_what_a_worker_cannot_load_is_refused_and_no_fault(frames, tmp_path, monkeypatch) -> None:
@@ -394,14 +436,19 @@ def test_what_a_worker_cannot_load_is_refused_and_no_fault(frames, tmp_path, mon
     spec = make_spec(frames, tmp_path / "runs", segmenter_dir=str(tmp_path / "segmenter"))
     with pytest.raises(UserError, match="segmenter: not a task model"):
         faithfulness_of(spec.config)
+    with monkeypatch.context() as patched:
+        patched.setattr("raysyn.tasks.fitting.load_task", lambda _: SimpleNamespace(task=TaskConfig("classification")))
+        with pytest.raises(UserError, match="segmenter holds a classification network"):
+            faithfulness_of(spec.config)
     writer = ShardWriter(spec)
     shard = next(spec.plan.shards())
     rows = {key: np.array([getattr(shard, key)]) for key in ("split", "number", "start", "stop")}
     assert "segmenter: not a task model" in writer(rows)["refused"][0]
     record = Storage.at(spec.output)
     record.write_atomic(shard.name, b"x")
-    record.write_json(shard.record, {})
-    assert read_record(record, shard) is None
+    for altered in ({}, [], {"bytes": 1}):
+        record.write_json(shard.record, altered)
+        assert read_record(record, shard) is None
 
 
 @pytest.mark.cluster
@@ -422,6 +469,18 @@ def test_the_data_set_opens_without_our_code(undisturbed) -> None:
     card = Path(folder, "README.md").read_text()
     assert "samples.png" in card
     assert Path(folder, "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_fit_is_found_where_its_storage_was_moved_to(tmp_path) -> None:
+    from raysyn.cluster.fit import fit_fingerprint
+    from raysyn.cluster.inputs import prepare_fingerprint
+    from raysyn.cluster.synthesize import find_model
+    from raysyn.compose import load_job
+
+    jobs = [load_job(job, ["scale=tiny", "model=edm", f"storage={tmp_path}"]) for job in ("fit", "synthesize")]
+    stage = open_stage(str(tmp_path), "fit", fit_fingerprint(jobs[0], prepare_fingerprint(jobs[0])))
+    stage.finish({"model_dir": "/where/it/was/fitted/model"})
+    assert find_model(jobs[1]) == f"{stage.path}/model"
 
 
 def test_a_quality_gate_without_a_judge_is_refused(tmp_path) -> None:

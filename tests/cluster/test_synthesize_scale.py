@@ -15,6 +15,7 @@ import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, settings_of, whole_shards
 from raysyn.cluster.stage import open_stage
+from raysyn.cluster.synthesis_card import write_card
 from raysyn.cluster.synthesize import claim, finish
 from raysyn.config import CostConfig, SamplerConfig, SynthesizeConfig, SynthesizeJob, WorkersConfig
 from raysyn.data.frames import read_frames, write_frames
@@ -170,6 +171,11 @@ def test_the_same_bytes_on_s3(frames, tmp_path, monkeypatch) -> None:
             assert {s["name"]: s["sha256"] for s in outcome.manifest["shards"]} == written[-1]
             assert len({f.frame_id for f in read_frames(outcome.path)}) == 400
             assert json.loads(stage.storage.read_bytes("manifest.json"))["num_frames"] == 400
+            card = stage.storage.read_bytes("README.md").decode()
+            assert "license: apache-2.0" in card
+            assert "Frames: 400 train." in card
+            write_card(stage, spec, outcome.manifest, "camus")
+            assert "license: other" in stage.storage.read_bytes("README.md").decode(), "not ours to license"
         assert written[0] == written[1]
     finally:
         server.stop()

@@ -58,21 +58,24 @@ def test_seeds_fit_a_signed_column_and_retries_differ() -> None:
 def test_a_frame_id_names_all_that_determines_the_image() -> None:
     settings = {"checkpoint_sha256": "a", "sampler": {"solver": "heun"}}
     label_map = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    one = synthetic_frame_id(settings, "m", 1, 2, label_map)
-    assert one == synthetic_frame_id(dict(reversed(settings.items())), "m", 1, 2, label_map.copy())
+    one = synthetic_frame_id(settings, "m", 1, 2, label_map, "2CH")
+    assert one == synthetic_frame_id(dict(reversed(settings.items())), "m", 1, 2, label_map.copy(), "2CH")
+    assert one != synthetic_frame_id(settings, "m", 1, 2, label_map, "4CH")
     others = [
         (settings, "n", 1, 2),
         (settings, "m", 2, 2),
         (settings, "m", 1, 3),
         ({**settings, "amp": "bf16"}, "m", 1, 2),
     ]
-    corrected = [synthetic_frame_id(settings, "m", 1, 2, m) for m in (label_map + 1, label_map.reshape(2, 8))]
-    assert len({one, *corrected, *(synthetic_frame_id(*other, label_map) for other in others)}) == 7
+    corrected = [synthetic_frame_id(settings, "m", 1, 2, m, "2CH") for m in (label_map + 1, label_map.reshape(2, 8))]
+    assert len({one, *corrected, *(synthetic_frame_id(*other, label_map, "2CH") for other in others)}) == 7
 
 
 def test_test_patients_and_no_masks_are_refused() -> None:
     with pytest.raises(UserError, match="may not be used"):
         SynthesizeConfig(mask_splits=["test"])
+    with pytest.raises(UserError, match="mask_splits: is empty"):
+        SynthesizeConfig(mask_splits=[])
     with pytest.raises(UserError, match="no masks"):
         RequestPlan.of(SynthesizeConfig(), {"train": [], "validation": []})
 

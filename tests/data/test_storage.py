@@ -201,6 +201,21 @@ def test_trees_up_and_down(tmp_path) -> None:
     assert (tmp_path / "out" / "sub" / "b.txt").read_bytes() == b"b"
 
 
+def test_a_write_survives_that_another_run_cleans_up(tmp_path, monkeypatch) -> None:
+    storage, replace, calls = Storage.at(tmp_path), os.replace, []
+
+    def after_cleaning(source, target) -> None:
+        if not calls:
+            storage.clean_temporaries(older_than_s=0)
+        calls.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", after_cleaning)
+    storage.write_atomic("train/a.bin", b"12345")
+    assert storage.read_bytes("train/a.bin") == b"12345"
+    assert len(calls) == 2
+
+
 class FlakyProxy(http.server.ThreadingHTTPServer):
     """Passes requests on to an S3 server, after answering 503 to the first `num_faults` of each (method, path).
 

@@ -13,7 +13,7 @@ from raysyn.config import SamplerConfig
 from raysyn.diffusion.ema import EMA
 from raysyn.diffusion.generate import _guided, generate
 from raysyn.diffusion.loss import diffusion_loss, step_log_variances
-from raysyn.diffusion.noise import seeded_noise, sigma_grid, sigma_range
+from raysyn.diffusion.noise import noise_stream, seeded_noise, sigma_grid, sigma_range
 from raysyn.diffusion.precondition import (
     EDM,
     IDDPM,
@@ -215,6 +215,19 @@ def test_noise_belongs_to_its_seed() -> None:
     both, second = seeded_noise([3, 4], (1, 8, 8)), seeded_noise([4], (1, 8, 8))
     assert torch.equal(both[1], second[0])
     assert not torch.equal(both[0], both[1])
+    for other in (3 + 2**32, 3 - 2**63, -1):
+        assert not torch.equal(seeded_noise([other], (1, 8, 8))[0], both[0]), "all 64 bits of a seed count"
+
+
+def test_noise_is_standard_normal_and_a_stream_goes_on() -> None:
+    x = seeded_noise(range(64), (1, 64, 64)).double()
+    assert abs(float(x.mean())) < 0.01
+    assert abs(float(x.std()) - 1) < 0.01
+    assert abs(float((x**4).mean()) - 3) < 0.1
+    assert abs(float((x[1:] * x[:-1]).mean())) < 0.01, "neighbouring seeds have nothing in common"
+    first, second = noise_stream(3), noise_stream(3, 1)
+    drawn = [first((8, 8)), first((8, 8)), second((8, 8))]
+    assert len({float(one.sum()) for one in drawn}) == 3
 
 
 @pytest.mark.parametrize(
