@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from raysyn.diffusion.precondition import EDM, IDDPM, VE, VP, Denoiser, Preconditioning
 from raysyn.nets.spade import num_groups
 from raysyn.nets.unet import SemanticUNet
-from raysyn.reference_format import PLAIN_NUMBER, Record, read_pickle
+from raysyn.reference_format import Record, read_pickle
 from raysyn.types import UserError
 
 PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
@@ -23,8 +22,7 @@ UNETS = ("DhariwalUNet", "SongUNet")
 # The published nets also hold these. Augmentation labels are never given and add nothing; of absent class labels only a
 # bias would act, which `_fold_label_bias` takes.
 IGNORED = re.compile(r"(^|\.)(resample_filter|map_label\.\w+|map_augment\.\w+|u)$")
-MAX_DEPTH, MAX_NODES, MAX_KEY = 16, 100_000, 200
-OLD_TORCH_SAVE = pickle.dumps(PLAIN_NUMBER, 2)
+MAX_DEPTH, MAX_NODES, MAX_KEY, MAX_BLOCKS = 16, 100_000, 200, 256
 
 
 def import_reference(file: str | Path) -> Denoiser:
@@ -66,12 +64,9 @@ def _read(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no file")
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if data.startswith(OLD_TORCH_SAVE):
-        raise UserError(f"{path}: is in torch.save's old format; load it and torch.save it again with a current torch")
-    return data
 
 
 def _flatten(record: Record, name: str) -> tuple[dict[str, Tensor], dict[str, Record]]:
@@ -172,7 +167,11 @@ def _architecture(weights: dict[str, Tensor], modules: dict[str, Record], prefix
     fourier = "map_noise.freqs" in weights
     pyramid = any("_aux_residual" in k for k in weights)
     if pyramid != fourier or (adm and fourier):
-        raise ValueError("a mixture of DDPM++ and NCSN++")
+        raise ValueError("a mixture of DDPM++ and NCSN++: of map_noise.freqs and …_aux_residual it has one")
+    num_blocks = len({m[1] for k in weights if (m := re.match(rf"enc\.{top}x{top}_block(\d+)\.", k))})
+    blocks = sum(k.endswith(".conv0.weight") for k in weights)
+    if not len(sides) * num_blocks <= blocks <= MAX_BLOCKS:  # else few names describe a net of millions of layers
+        raise ValueError(f"{len(sides)} levels of {num_blocks} blocks, and {blocks} blocks in all")
     stem, layer0 = weights[f"enc.{top}x{top}_conv.weight"], weights["map_layer0.weight"]
     base = layer0.shape[1] if adm else stem.shape[0]
     widths = [weights[f"enc.{s}x{s}_block0.conv0.weight"].shape[0] for s in sides]
@@ -189,7 +188,7 @@ def _architecture(weights: dict[str, Tensor], modules: dict[str, Record], prefix
         "arch": "adm" if adm else "ncsnpp" if fourier else "ddpmpp",
         "base_channels": base,
         "channel_multipliers": tuple(w // base for w in widths),
-        "num_blocks": len({m[1] for k in weights if (m := re.match(rf"enc\.{top}x{top}_block(\d+)\.", k))}),
+        "num_blocks": num_blocks,
         "spade_hidden": shared.shape[0],
         "spade_kernel": gamma.shape[2],
         "learned_variance": head.shape[0] == 2 * stem.shape[1],
@@ -230,9 +229,12 @@ def _precondition(
         arch = net.config.arch  # type: ignore[attr-defined]
         learned = net.config.learned_variance  # type: ignore[attr-defined]
         by_arch = {"adm": "EDMPrecond", "ddpmpp": "VPPrecond", "ncsnpp": "VEPrecond"}
-        class_name = "iDDPMPrecond" if learned else by_arch[arch]
+        class_name = "iDDPMPrecond" if learned or table is not None else by_arch[arch]
     if class_name == "EDMPrecond":
-        return EDM(sigma_data=value("sigma_data", 0.5, 1e-6, 1e6))
+        edm = EDM(sigma_data=value("sigma_data", 0.5, 1e-6, 1e6))
+        edm.sigma_min = value("sigma_min", 0.0, 0.0, 1e6)
+        edm.sigma_max = value("sigma_max", math.inf, edm.sigma_min, math.inf)
+        return edm
     if class_name == "VPPrecond":
         beta = (value("beta_d", 19.9, 1e-3, 80), value("beta_min", 0.1, 1e-6, 80))
         return VP(*beta, int(value("M", 1000, 1, 1e6)), value("epsilon_t", 1e-5, 1e-9, 0.5))

@@ -24,6 +24,7 @@ from raysyn.types import UserError
 
 MAX_ARGUMENTS = 8
 PLAIN_NUMBER, PLAIN_VERSION = 0x1950A86A20F9469CFC6C, 1001  # how torch.save's plain format begins
+PLAIN_START = pickle.dumps(PLAIN_NUMBER, 2)
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ def _storage(data: Any) -> torch.Tensor:
     if not isinstance(data, bytes):
         raise Refused("a storage that is not bytes")
     try:
-        return _PlainStorage(data).tensor
+        content = _saved(data)
     except (Refused, RecursionError):
         raise
     except Exception as error:  # whatever damaged bytes provoke in pickle
         raise Refused("a storage whose bytes hold something else") from error
+    if not isinstance(content, torch.Tensor) or content.dim() != 1:
+        raise Refused("a storage whose bytes hold something else")
+    return content
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
@@ -118,6 +122,12 @@ def _is_key(value: Any) -> bool:
     return type(value) is str or (type(value) is int and abs(value) < 2**32)
 
 
+def _text(text: Any, encoding: Any = "") -> bytes:
+    if type(text) is not str or encoding != "latin1":
+        raise Refused("_codecs.encode of something else than bytes")
+    return text.encode("latin1")
+
+
 def _names(items: Any = ()) -> set:
     if not isinstance(items, list) or not all(_is_key(i) for i in items):
         raise Refused("a set of something else than names")
@@ -133,7 +143,9 @@ CALLABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.storage", "_load_from_bytes"): _storage,
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     ("numpy", "dtype"): _dtype,
-    ("builtins", "set"): _names,  # how older pickles write the (empty) set that each of torch's modules keeps
+    # How older pickles write the (empty) set that each of torch's modules keeps, and protocol 2 that and bytes.
+    **{(builtins, "set"): _names for builtins in ("builtins", "__builtin__")},
+    ("_codecs", "encode"): _text,
 }
 STORAGES = {  # the types that torch.save names, and what a record of each holds
     "FloatStorage": torch.float32,
@@ -169,7 +181,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
     append: Any
     pop_mark: Any
 
-    def __init__(self, data: io.BytesIO, allowance: int, archive: _Archive | _PlainStorage | None = None) -> None:
+    def __init__(self, data: io.BytesIO, allowance: int, archive: _Archive | _Plain | None = None) -> None:
         super().__init__(data)
         self.allowance, self.archive = allowance, archive
 
@@ -178,7 +190,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
         if self.allowance < 0:
             raise Refused("it uses the same data again and again")
 
-    def persistent_load(self, pid: Any) -> torch.Tensor | None:
+    def persistent_load(self, pid: Any) -> torch.Tensor:
         if self.archive is None:
             raise Refused("it names data outside the pickle")
         return self.archive.storage(pid)
@@ -187,6 +199,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Py
         known = (module, name) in CALLABLE or (module, name) in MODULES
         if not known and not (self.archive is not None and module == "torch" and name in STORAGES):
             raise Refused(f"it names {str(module)[:80]}.{str(name)[:80]}")
+        if self.archive is not None and name == "_load_from_bytes":  # each in the next would be held in memory again
+            raise Refused(f"it names {module}.{name} inside of a torch.save")
         return Token(module, name)
 
     def load_reduce(self) -> None:
@@ -291,34 +305,49 @@ _Reader.dispatch = {
 } | {op[0]: method for op, method in _OWN.items()}
 
 
-class _PlainStorage:
-    """torch.save's plain format of one storage, read here: torch's own reader would allocate whatever the bytes say.
+def _named(pid: Any, parts: int) -> tuple[torch.dtype, str, int]:
+    """(dtype, key, count) of what torch.save names: ('storage', type, key, device, count[, None])."""
+    fits = isinstance(pid, tuple) and len(pid) == parts and isinstance(pid[1], Token) and isinstance(pid[2], str)
+    if not fits or pid[0] != "storage" or type(pid[4]) is not int or pid[4] < 0 or any(v is not None for v in pid[5:]):
+        raise Refused("a storage in no form of torch's")
+    if pid[1].name not in STORAGES:
+        raise Refused(f"a storage of type {pid[1]}")
+    return STORAGES[pid[1].name], pid[2], pid[4]
 
-    Five pickles (a number, the version, the system, the storage, the list of its key), its length, its raw bytes.
+
+class _Plain:
+    """torch.save's plain format, read here: torch's own reader would allocate whatever the bytes say.
+
+    Five pickles (a number, the version, the system, the content, the storages' keys), then each one's count and bytes.
     """
 
-    tensor: torch.Tensor
-
     def __init__(self, data: bytes) -> None:
-        self.named: tuple[Any, ...] = ()
+        self.left, self.known = len(data), OrderedDict[str, torch.Tensor]()
         stream = io.BytesIO(data)
         parts = [_Reader(stream, 2 * len(data) + 1000, self).load() for _ in range(5)]
-        number, version, system, _, keys = parts
+        number, version, system, self.content, keys = parts
         little = isinstance(system, dict) and system.get("little_endian") is True
-        if (number, version, little) != (PLAIN_NUMBER, PLAIN_VERSION, True) or not self.named:
-            raise Refused("a storage whose bytes hold something else")
-        dtype, key, length = self.named
-        said, raw = stream.read(8), bytearray(stream.read())
-        if keys != [key] or int.from_bytes(said, "little") != length or len(raw) != length * dtype.itemsize:
+        if (number, version, little) != (PLAIN_NUMBER, PLAIN_VERSION, True) or not isinstance(keys, list):
+            raise Refused("a torch.save that holds something else")
+        if not all(type(key) is str for key in keys) or sorted(keys) != sorted(self.known):
+            raise Refused("a torch.save without the storages that it names")
+        for key in keys:
+            storage = self.known[key]
+            fits = int.from_bytes(stream.read(8), "little") == storage.numel()
+            if not fits or stream.readinto(storage.view(torch.uint8).numpy()) != storage.nbytes:
+                raise Refused("a storage of another size than its bytes")
+        if stream.read(1):
             raise Refused("a storage of another size than its bytes")
-        self.tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
-    def storage(self, pid: Any) -> None:
-        """Take in ('storage', type, key, device, length, None)."""
-        fits = isinstance(pid, tuple) and len(pid) == 6 and isinstance(pid[1], Token) and isinstance(pid[2], str)
-        if self.named or not fits or pid[0] != "storage" or pid[5] is not None or type(pid[4]) is not int:
-            raise Refused("a storage in no form of torch's")
-        self.named = STORAGES[pid[1].name], pid[2], pid[4]
+    def storage(self, pid: Any) -> torch.Tensor:
+        """The flat tensor of a pid, filled once the pickles are read; all of them are no larger than the file."""
+        dtype, key, count = _named(pid, 6)
+        if key not in self.known:
+            self.left -= count * dtype.itemsize
+            if self.left < 0:
+                raise Refused("a storage of another size than its bytes")
+            self.known[key] = torch.empty(count, dtype=dtype)
+        return self.known[key]
 
 
 class _Archive:
@@ -340,25 +369,30 @@ class _Archive:
 
     def storage(self, pid: Any) -> torch.Tensor:
         """The flat tensor that ('storage', type, key, device, length) names."""
-        if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], Token) and isinstance(pid[2], str)):
-            raise Refused("a storage in no form of torch's")
-        if pid[1].name not in STORAGES:
-            raise Refused(f"a storage of type {pid[1]}")
-        if pid[2] not in self.known:
-            raw = bytearray(self.zip.read(f"{self.root}data/{pid[2]}"))
-            dtype = STORAGES[pid[1].name]
-            self.known[pid[2]] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        return self.known[pid[2]]
+        dtype, key, _ = _named(pid, 5)
+        if key not in self.known:
+            raw = bytearray(self.zip.read(f"{self.root}data/{key}"))
+            self.known[key] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return self.known[key]
+
+
+def _saved(data: bytes) -> Any:
+    """What a torch.save of either format holds."""
+    if not data.startswith(b"PK"):
+        return _Plain(data).content
+    archive = _Archive(data)
+    return _Reader(io.BytesIO(archive.pickle()), 2 * len(data) + 1000, archive).load()
 
 
 def read_pickle(data: bytes, name: str) -> Any:
-    """The plain containers, tensors and records of a pickle or of torch.save's archive of one.
+    """The plain containers, tensors and records of a pickle, or of a torch.save of either format.
 
     Raises UserError for anything else, by name.
     """
     try:
-        archive = _Archive(data) if data[:2] == b"PK" else None
-        return _Reader(io.BytesIO(archive.pickle() if archive else data), 2 * len(data) + 1000, archive).load()
+        if data.startswith((b"PK", PLAIN_START)):
+            return _saved(data)
+        return _Reader(io.BytesIO(data), 2 * len(data) + 1000).load()
     except Refused as error:
         raise UserError(f"{name}: refused: {error}; only the reference's checkpoint format is read") from None
     except RecursionError:
