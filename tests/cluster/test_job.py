@@ -35,6 +35,22 @@ def stops(config: object) -> Outcome:
     raise Resumable("stopped by SIGTERM")
 
 
+def waits_within_ray(config: object) -> Outcome:
+    """As ray.get takes signals: what their handler raises is lost, but for a KeyboardInterrupt, which it raises anew."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+    except BaseException:
+        return Outcome("fit", "went on", "f")
+    raise AssertionError
+
+
+def is_interrupted(config: object) -> Outcome:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("stage", "code", "says"),
     [
@@ -43,6 +59,8 @@ def stops(config: object) -> Outcome:
         (refuses_within_ray, 2, "raysyn fit: mask.png: too small"),
         (breaks, 1, "the same command resumes"),
         (stops, 0, "resumable"),
+        (waits_within_ray, 0, "stopped by SIGTERM; resumable"),
+        (is_interrupted, 130, "interrupted; resumable"),
     ],
 )
 def test_exit_codes(stage, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
