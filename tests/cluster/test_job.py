@@ -1,3 +1,4 @@
+import importlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from raysyn.cluster.job import run_job
+from raysyn.compose import load_job
 from raysyn.types import Outcome, Resumable, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,3 +90,14 @@ def test_help_and_bad_keys_are_quick_and_clear(job: str) -> None:
     assert time.monotonic() - started < 60
     heavy = "import sys, raysyn.cluster.job; assert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("job", ["fit", "synthesize", "tune", "compare"])
+def test_input_that_is_not_there_is_refused_before_ray_starts(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*args: object) -> None:
+        raise AssertionError("Ray was started")
+
+    module = importlib.import_module(f"raysyn.cluster.{job}")
+    monkeypatch.setattr(module, "ray_session", start)
+    with pytest.raises(UserError, match=r"data\.root: /no/such is not a folder"):
+        getattr(module, job)(load_job(job, ["scale=tiny", "data=camus", "data.root=/no/such", "storage=/no/such"]))
