@@ -49,6 +49,10 @@ def waits_within_ray(config: object) -> Outcome:
     raise AssertionError
 
 
+def stopped_as_ray_starts(config: object) -> Outcome:
+    sys.exit(signal.SIGTERM)
+
+
 def is_interrupted(config: object) -> Outcome:
     raise KeyboardInterrupt
 
@@ -62,6 +66,7 @@ def is_interrupted(config: object) -> Outcome:
         (breaks, 1, "the same command resumes"),
         (stops, 0, "resumable"),
         (waits_within_ray, 0, "stopped by SIGTERM; resumable"),
+        (stopped_as_ray_starts, 0, "stopped by SIGTERM; resumable"),
         (is_interrupted, 130, "interrupted; resumable"),
     ],
 )
