@@ -7,6 +7,7 @@ scale's presets for it (`presets` in `configs/scale/<scale>.yaml`), the command 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import typing
 from pathlib import Path
@@ -47,7 +48,7 @@ def environment_overrides(overrides: list[str]) -> list[str]:
 def load_job(job: str, overrides: list[str]) -> Any:
     """The checked config of `job` ("fit", …). Raises UserError that names the key for anything wrong."""
     cls = JOBS[job]
-    groups, values = _split_overrides(overrides)
+    groups, values = _split_overrides(cls, overrides)
     raw = _compose(job, groups)
     names = {f.name for f in dataclasses.fields(cls)} | ({"model"} if job == "compare" else set())
     if "model" in names:
@@ -84,7 +85,10 @@ def load_model(name: str, scale: str = "paper") -> ModelConfig:
 def build(cls: type[T], values: Any, prefix: str = "") -> T:
     """A dataclass from containers, types and ranges checked. Raises UserError with the full dotted key."""
     if OmegaConf.is_config(values):
-        values = OmegaConf.to_container(values, resolve=True)
+        try:
+            values = OmegaConf.to_container(values, resolve=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kwargs: dict[str, Any] = {}
@@ -99,6 +103,8 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):
             kwargs[key] = build(hint, value, f"{where}.")  # type: ignore[arg-type]
         elif item is not None and dataclasses.is_dataclass(item):
+            if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+                raise UserError(f"{where}: {value!r} is not a list of its parts")
             kwargs[key] = [build(item, v, f"{where}[{i}].") for i, v in enumerate(value)]  # type: ignore[arg-type]
         else:
             kwargs[key] = _typed(cls, key, value, where)
@@ -118,7 +124,20 @@ def _typed(cls: type, key: str, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
-def _split_overrides(overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
+def _is_text(cls: type, key: str) -> bool:
+    """Whether the dotted `key` of a job's dataclass holds a string."""
+    first, _, rest = key.partition(".")
+    hint = typing.get_type_hints(cls).get(first)
+    return _is_text(hint, rest) if rest and dataclasses.is_dataclass(hint) else hint is str and not rest  # type: ignore[arg-type]
+
+
+def _quoted(text: str) -> str:
+    """Text as YAML reads it back unchanged: in a path, # and : mean nothing. Quotes around all of it are the user's."""
+    has_quotes = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text if has_quotes else json.dumps(text, ensure_ascii=False)
+
+
+def _split_overrides(cls: type, overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
     groups, values = [], []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -130,7 +149,7 @@ def _split_overrides(overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
         elif key in ("model", "task") and any(o.startswith(f"{key}.") for o in overrides):
             values.append(f"{key}.{PRESET}={value}")  # the name and keys below it would replace each other
         else:
-            values.append(f"{key}={value}")
+            values.append(f"{key}={_quoted(value) if _is_text(cls, key) else value}")
     try:
         container = OmegaConf.to_container(OmegaConf.from_dotlist(values))
     except Exception as error:
@@ -146,11 +165,10 @@ def _compose(job: str, groups: list[str]) -> DictConfig:
 
 
 def _known_preset(group: str, name: str) -> Path:
-    path = CONFIGS / group / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+    names = sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+    if name not in names:
         raise UserError(f"{group}: {name!r} is not one of {', '.join(names)}")
-    return path
+    return CONFIGS / group / f"{name}.yaml"
 
 
 def _named(group: str, name: Any, late: DictConfig, presets: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 from raysyn.types import UserError
 
 SOLVERS = ("euler", "heun", "stochastic_heun", "generalised", "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "reference_heun")
-
 CONTROLS = ("reconstruction", "prior")
 
 
@@ -34,6 +33,26 @@ def _within(owner: object, **bounds: tuple[float, float]) -> None:
 
 
 INF = float("inf")
+MAX_SEED = 2**31
+
+
+def _each_within(owner: object, **bounds: tuple[float, float]) -> None:
+    for key, (low, high) in bounds.items():
+        for value in getattr(owner, key):
+            if not low <= value <= high:
+                raise UserError(f"{key}: {value} is outside [{low:g}, {high:g}]")
+
+
+def _not_empty(owner: object, *keys: str) -> None:
+    for key in keys:
+        if not getattr(owner, key):
+            raise UserError(f"{key}: is empty; name at least one")
+
+
+def _rising(owner: object, low: str, high: str) -> None:
+    least, most = getattr(owner, low), getattr(owner, high)
+    if least is not None and most is not None and least > most:
+        raise UserError(f"{low}: {least} is above {high} {most}")
 
 
 @dataclass
@@ -59,7 +78,7 @@ class DataConfig:
         if self.source == "synthetic" and self.name != "png_folder":
             raise UserError(f"data.source: synthetic is for PNG folders; {self.name} is what it is")
         _within(self, image_size=(32, 1024), num_train_patients=(1, 1e6), num_validation_patients=(1, 1e6))
-        _within(self, num_test_patients=(1, 1e6), seed=(0, 2**31))
+        _within(self, num_test_patients=(1, 1e6), seed=(0, MAX_SEED))
 
 
 @dataclass
@@ -81,7 +100,9 @@ class NetConfig:
     def __post_init__(self) -> None:
         _one_of(self, arch=("adm", "ddpmpp", "ncsnpp"))
         _within(self, base_channels=(4, 2048), num_blocks=(1, 16), dropout=(0, 1), spade_hidden=(1, 4096))
-        _within(self, patch_size=(1, 16))
+        _within(self, patch_size=(1, 16), channels_per_head=(1, 4096))
+        _not_empty(self, "channel_multipliers")
+        _each_within(self, channel_multipliers=(1, 64), attention_resolutions=(1, 4096))
         if self.spade_kernel not in (1, 3):
             raise UserError(f"spade_kernel: {self.spade_kernel} is not 1 or 3")
 
@@ -98,8 +119,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         _within(self, rotation_deg=(0, 180), translation=(0, 1), scale_min=(0.1, 10), scale_max=(0.1, 10))
-        if self.scale_min > self.scale_max:
-            raise UserError(f"scale_min: {self.scale_min} is above scale_max {self.scale_max}")
+        _rising(self, "scale_min", "scale_max")
 
 
 @dataclass
@@ -142,7 +162,9 @@ class FitConfig:
     def __post_init__(self) -> None:
         _one_of(self, optimizer=("adamw", "sgd"), lr_decay=("none", "cosine"), amp=("none", "bf16"))
         _one_of(self, latents=("precomputed", "on_the_fly"))
-        _within(self, num_images=(1, INF), global_batch=(1, 1e6), micro_batch=(1, 1e6), lr=(0, 10), grad_clip=(0, INF))
+        _within(self, num_images=(1, INF), global_batch=(1, 1e6), micro_batch=(1, 1e6), lr=(1e-12, 10))
+        _within(self, grad_clip=(0, INF), momentum=(0, 1), weight_decay=(0, 1e3), warmup_images=(0, INF))
+        _within(self, num_validation_images=(0, INF), max_rollbacks=(0, 1e6), seed=(0, MAX_SEED))
         _within(self, ema_half_life_images=(0, INF), checkpoint_every_steps=(1, INF), keep_checkpoints=(1, 1000))
         _within(self, validate_every_steps=(1, INF), log_every_steps=(1, INF), beta1=(0, 1), beta2=(0, 1))
         _within(self, sample_every_steps=(1, INF), latent_copies=(1, 1000), spike_factor=(0, INF))
@@ -182,6 +204,10 @@ class VAEConfig:
     def __post_init__(self) -> None:
         _one_of(self, kind=("gamma", "kl"), parametrisation=("shape_rate", "mean_shape"))
         _within(self, prior_shape=(1e-3, 1e3), prior_rate=(1e-3, 1e3), weight_kl=(0, INF), stem_patch=(1, 8))
+        _within(self, num_blocks=(1, 16), latent_channels=(1, 64), late_terms_from_epoch=(0, INF))
+        _within(self, weight_image=(0, INF), weight_perceptual=(0, INF), weight_latent=(0, INF))
+        _not_empty(self, "channels")
+        _each_within(self, channels=(1, 4096))
 
 
 @dataclass
@@ -212,7 +238,9 @@ class SamplerConfig:
         _one_of(self, solver=SOLVERS, discretization=("edm", "vp", "ve", "iddpm"), schedule=("linear", "vp", "ve"))
         _one_of(self, scaling=("none", "vp"))
         _within(self, num_steps=(1, 10_000), sigma_min=(1e-6, INF), sigma_max=(1e-3, INF), rho=(0.1, 100))
-        _within(self, s_churn=(0, INF), guidance_scale=(0, 100))
+        _within(self, s_churn=(0, INF), s_min=(0, INF), s_max=(0, INF), s_noise=(0, 100), guidance_scale=(0, 100))
+        _within(self, guidance_sigma_min=(0, INF), guidance_sigma_max=(0, INF))
+        _rising(self, "sigma_min", "sigma_max")
 
 
 @dataclass
@@ -261,6 +289,7 @@ class WarpConfig:
     def __post_init__(self) -> None:
         _within(self, rotation_deg=(0, 180), translation=(0, 1), scale_min=(0.1, 10), scale_max=(0.1, 10))
         _within(self, shear_deg=(0, 45), elastic_px=(0, 256))
+        _rising(self, "scale_min", "scale_max")
 
 
 @dataclass
@@ -289,10 +318,10 @@ class SynthesizeConfig:
         _one_of(self, amp=("none", "bf16", "fp16"))
         _within(self, num_warps=(1, 1e6), num_noise_seeds=(1, 1e6), batch_size=(1, 65536), shard_size=(1, 1e6))
         _within(self, min_faithfulness=(0, 1), max_attempts=(1, 100), modulation_cache_bytes=(0, INF))
+        _within(self, seed=(0, MAX_SEED))
+        _not_empty(self, "mask_splits")
         if self.shard_size % self.batch_size:
             raise UserError(f"shard_size: {self.shard_size} is not a multiple of batch_size {self.batch_size}")
-        if not self.mask_splits:
-            raise UserError("mask_splits: is empty; give train, validation or both")
         unknown = sorted(set(self.mask_splits) - {"train", "validation"})
         if unknown:
             raise UserError(f"mask_splits: {unknown} may not be used; conditions come from train and validation only")
@@ -333,11 +362,11 @@ class TaskConfig:
         _one_of(self, mixing=("together", "synthetic_then_real"), validate_on=("synthetic", "real"))
         _one_of(self, amp=("none", "bf16"), lr_decay=("none", "cosine"), augmentation=("affine", "randaugment"))
         _one_of(self, normalise=("range", "zscore"))
-        _within(self, batch_size=(1, 65536), lr=(0, 10), real_fraction=(0, 1), augment_strength=(0, 10))
+        _within(self, batch_size=(1, 65536), lr=(1e-12, 10), real_fraction=(0, 1), augment_strength=(0, 10))
         if self.kind == "segmentation" and self.augmentation == "randaugment":
             raise UserError("augmentation: randaugment moves images without their maps; segmentation takes affine")
-        _within(self, num_epochs=(1, INF), num_steps=(0, INF), width=(1, 4096), weight_decay=(0, INF))
-        _within(self, validate_every_epochs=(1, INF), seed=(0, 2**31))
+        _within(self, num_epochs=(1, INF), num_steps=(0, INF), width=(1, 4096), weight_decay=(0, 1e3))
+        _within(self, validate_every_epochs=(1, INF), seed=(0, MAX_SEED))
 
 
 @dataclass
@@ -357,7 +386,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         _one_of(self, scheduler=("none", "asha", "median"))
         _within(self, num_trials=(1, 1e6), max_concurrent=(1, 1e5), num_refits=(0, 1000))
-        _within(self, pruning_grace_epochs=(1, 1e6), seed=(0, 2**31))
+        _within(self, pruning_grace_epochs=(1, 1e6), seed=(0, MAX_SEED))
         if self.objectives not in (["score"], ["score", "cost"]):
             raise UserError(f"objectives: {self.objectives} is neither [score] nor [score, cost]")
 
@@ -369,6 +398,9 @@ class RayConfig:
     address: str = ""
     num_cpus: int | None = None
     object_store_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        _within(self, num_cpus=(1, 1e5), object_store_mb=(75, 1e9))  # Ray takes no less
 
 
 @dataclass
@@ -411,7 +443,7 @@ class CostConfig:
     usd_per_cpu_hour: float = 0.05
 
     def __post_init__(self) -> None:
-        _within(self, usd_per_gpu_hour=(0, INF), usd_per_cpu_hour=(0, INF))
+        _within(self, usd_per_gpu_hour=(0, 1e6), usd_per_cpu_hour=(0, 1e6))
 
 
 @dataclass
@@ -483,25 +515,22 @@ class CompareJob(JobConfig):
     curves: bool = False
 
     def __post_init__(self) -> None:
-        for solver in self.solvers:
-            if solver not in SOLVERS:
-                raise UserError(f"solvers: {solver!r} is not one of {', '.join(SOLVERS)}")
-        for kind in ("segmentation", "classification"):
-            if getattr(self, kind).kind != kind:
-                raise UserError(f"{kind}.kind: is {kind} here, not {getattr(self, kind).kind!r}")
-        for name in self.controls:
-            if name not in CONTROLS:
-                raise UserError(f"controls: {name!r} is not one of {', '.join(CONTROLS)}")
-        _within(self, num_task_seeds=(1, 1000))
-        for steps in self.steps:
-            if not 1 <= steps <= 10_000:
-                raise UserError(f"steps: {steps} is outside [1, 10000]")
-        named: dict[str, list[Any]] = {"models": [m.label for m in self.models], "solvers": self.solvers}
-        named |= {"steps": self.steps, "controls": self.controls, "extractors": self.extractors}
-        for key, values in named.items():
-            twice = [v for i, v in enumerate(values) if v in values[:i]]
-            if twice:
+        for key, choices in (("solvers", SOLVERS), ("controls", CONTROLS)):
+            for value in getattr(self, key):
+                if value not in choices:
+                    raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}")
+        _not_empty(self, "solvers", "steps")
+        labels = [model.label for model in self.models]
+        lists: dict[str, list[Any]] = {"model": labels, "solvers": self.solvers, "steps": self.steps}
+        lists |= {"controls": self.controls, "extractors": self.extractors}
+        for key, values in lists.items():
+            if twice := [v for v in values if values.count(v) > 1]:
                 raise UserError(f"{key}: {twice[0]} comes twice; a row has one place in the table")
+        _each_within(self, steps=(1, 10_000))
+        _within(self, num_task_seeds=(1, 1000))
+        for key in ("segmentation", "classification"):
+            if (kind := getattr(self, key).kind) != key:
+                raise UserError(f"{key}.kind: is {kind!r}; here it is always {key}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

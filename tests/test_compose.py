@@ -75,21 +75,51 @@ def test_all_models_at_once_have_a_folder_of_their_own() -> None:
         ("tune", "search.objectives=[beauty]", r"search\.objectives"),
         ("compare", "solvers=[rk45]", "'rk45' is not one of"),
         ("compare", "steps=[5,5]", "steps: 5 comes twice"),
-        ("compare", "model=[edm,edm]", "models: edm comes twice"),
         ("compare", "steps=[0]", r"steps: 0 is outside \[1, 10000\]"),
-        ("compare", "num_task_seeds=0", "num_task_seeds: 0 is outside"),
-        ("compare", "controls=[posterior]", "controls: 'posterior' is not one of"),
-        ("compare", "segmentation.kind=classification", r"segmentation\.kind: is segmentation here"),
         ("compare", "classification.validate_every_epochs=0", r"classification\.validate_every_epochs: 0 is outside"),
         ("tune", "task.seed=-1", r"task\.seed: -1 is outside"),
         ("tune", "cost.usd_per_cpu_hour=-1", r"cost\.usd_per_cpu_hour: -1.0 is outside"),
         ("fit", "model.latent_downscale=3", "latent_downscale: 3 does not match"),
+        ("fit", "model.fit.lr=0", r"model\.fit\.lr: 0.0 is outside"),
+        ("fit", "model.fit.weight_decay=nan", r"model\.fit\.weight_decay: nan is outside"),
+        ("fit", "model.fit.momentum=7", r"model\.fit\.momentum: 7.0 is outside"),
+        ("fit", "model.fit.seed=-1", r"model\.fit\.seed: -1 is outside"),
+        ("fit", "model.net.channel_multipliers=[]", r"model\.net\.channel_multipliers: is empty"),
+        ("fit", "model.net.channel_multipliers=[1,0]", r"model\.net\.channel_multipliers: 0 is outside"),
+        ("fit", "model.vae.weight_image=-1", r"model\.vae\.weight_image: -1.0 is outside"),
+        ("fit", "model.sampler.s_noise=nan", r"model\.sampler\.s_noise: nan is outside"),
+        ("fit", "ray.num_cpus=0", r"ray\.num_cpus: 0 is outside"),
+        ("fit", "ray.object_store_mb=-5", r"ray\.object_store_mb: -5 is outside"),
+        ("fit", "cost.usd_per_gpu_hour=-1", r"cost\.usd_per_gpu_hour: -1.0 is outside"),
+        ("fit", "data=../scale/demo", "data: '../scale/demo' is not one of"),
+        ("prepare", "data.root=${x}", r"data\.root: Interpolation key 'x' not found"),
+        ("synthesize", "synthesize.warp.scale_min=2", r"synthesize\.warp\.scale_min: 2.0 is above scale_max"),
+        ("synthesize", "synthesize.mask_splits=[]", r"synthesize\.mask_splits: is empty"),
+        ("tune", "task.weight_decay=-1", r"task\.weight_decay: -1.0 is outside"),
+        ("compare", "steps=[5,0]", "steps: 0 is outside"),
+        ("compare", "solvers=[]", "solvers: is empty"),
+        ("compare", "model=[edm,edm]", "model: edm comes twice"),
+        ("compare", "controls=[foo]", "controls: 'foo' is not one of reconstruction, prior"),
+        ("compare", "num_task_seeds=0", "num_task_seeds: 0 is outside"),
+        ("compare", "segmentation.kind=classification", r"segmentation\.kind: is 'classification'"),
+        ("compare", "models=foo", "models: 'foo' is not a list"),
     ],
 )
 def test_bad_input_names_the_key(job: str, override: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         load_job(job, [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["/tmp/a #1", "/tmp/a: b", "0123", "a=b 'c' \"d\"", "~", "null", "1e3", "[x", "{y}"])
+def test_what_is_text_is_taken_as_it_stands(text: str) -> None:
+    assert load_job("prepare", [f"data.root={text}", f"storage={text}"]).data.root == text
+    assert load_job("compare", [f"data.root={text}", f"storage={text}"]).storage == text
+
+
+def test_quotes_around_a_text_and_an_empty_one() -> None:
+    assert load_job("prepare", ["data.root='/tmp/x y'", 'storage="s"']).data.root == "/tmp/x y"
+    assert load_job("prepare", ["data.root="]).data.root == ""
 
 
 def test_fingerprint_tells_configs_apart_and_ignores_identity() -> None:

@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from types import FrameType
 
@@ -51,8 +52,16 @@ def _print_config(config: object) -> None:
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
 
 
+class _Stopped(Resumable, KeyboardInterrupt):
+    """Out of a wait within Ray only a KeyboardInterrupt comes; any other exception of a signal handler is lost there."""
+
+
+_terminated = threading.Event()  # Ray raises a KeyboardInterrupt of its own instead, which does not say why
+
+
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise Resumable("stopped by SIGTERM")
+    _terminated.set()
+    raise _Stopped("stopped by SIGTERM")
 
 
 def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
@@ -61,6 +70,7 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in argv):
         print(_usage(job), end="")
         return 0
+    _terminated.clear()
     signal.signal(signal.SIGTERM, _on_sigterm)
     again = "the same command"
     try:
@@ -79,12 +89,14 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
     except Fault as fault:
         print(f"raysyn {job}: {fault}", file=sys.stderr)
         return 1
-    except Resumable as stop:
-        print(f"raysyn {job}: {stop}; resumable: run {again} again to go on", file=sys.stderr)
-        return 0
-    except KeyboardInterrupt:
-        print(f"raysyn {job}: interrupted; resumable: run {again} again to go on", file=sys.stderr)
-        return 130
+    except (Resumable, KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:
+            raise
+        # While Ray starts SIGTERM is Ray's, which exits with the signal's number.
+        asked = not isinstance(stop, KeyboardInterrupt) or isinstance(stop, Resumable) or _terminated.is_set()
+        why = (str(stop) if isinstance(stop, Resumable) else "stopped by SIGTERM") if asked else "interrupted"
+        print(f"raysyn {job}: {why}; resumable: run {again} again to go on", file=sys.stderr)
+        return 0 if asked else 130
     except Exception as error:
         user = _user_error_within(error)
         if user is not None:

@@ -48,13 +48,14 @@ def tune(config: TuneJob) -> Outcome:
     Manifest: `best_task` (the keys searched), `best_score`, `refits`, `trials`, and with two objectives the `pareto`
     front. Raises UserError for an unknown key of the space or a set that holds test patients.
     """
-    from raysyn.cluster.inputs import frames_uri, prepare
+    from raysyn.cluster.inputs import frames_uri, prepare, prepare_fingerprint
 
     if config.plan_only:
         raise UserError("plan_only: a search has no plan; jobs/fit.py and jobs/synthesize.py have one")
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     space = check_space(config.search.space or DEFAULT_SPACE, config)
     _check_study(config)
+    prepare_fingerprint(config)  # input that is not there is refused before Ray starts
     with ray_session(config.ray, config.workers):
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
         prepared = prepare(PrepareJob(**{**shared, "overwrite": False, "plan_only": False}))

@@ -9,6 +9,10 @@
 
 from __future__ import annotations
 
+import gzip
+import logging
+import math
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ from raysyn.data.readers import (
     Problems,
     Skipped,
     folder_names,
+    is_folder,
     make_frame,
     split_once,
 )
@@ -61,9 +66,9 @@ class CamusReader:
     def index(self) -> Index:
         """Patients in the order of their names. Raises UserError when `root` is neither release, or a file is bad."""
         root = Path(self.root)
-        if (root / "database_nifti").is_dir():
+        if is_folder(root / "database_nifti"):
             return _index_nifti(root, self.on_bad_frame)
-        if (root / "training").is_dir():
+        if is_folder(root / "training"):
             return _index_old(root, self.on_bad_frame)
         raise UserError(
             f"data.root: {root} holds neither database_nifti/ nor training/; give the folder that holds one"
@@ -108,14 +113,27 @@ def read_picture(file: str) -> tuple[np.ndarray, tuple[float, float] | None]:
 
 def _read_nifti(file: str) -> tuple[np.ndarray, tuple[float, float]]:
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
 
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it mends odd headers aloud
     try:
-        image = nibabel.load(file)
-        values = np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
-        zooms = [float(z) for z in image.header.get_zooms()]  # type: ignore[attr-defined]
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        raw = gzip.decompress(Path(file).read_bytes())  # whole: a cut or damaged end shows in its checksum alone
+    except (OSError, EOFError, zlib.error) as error:
         raise BadPicture(file, f"cannot be read as NIfTI, it may be cut off ({_line(error)})") from None
+    kinds = {raw[344:348]: nibabel.Nifti1Image, raw[4:8]: nibabel.Nifti2Image}
+    kind = kinds.get(b"n+1\0") or kinds.get(b"n+2\0")
+    if kind is None:
+        raise BadPicture(file, "cannot be read as NIfTI: it has no such header")
+    try:
+        image = kind.from_bytes(raw)
+        header = image.header
+        needed = header.get_data_offset() + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        if len(raw) < needed:
+            raise BadPicture(file, f"cannot be read as NIfTI, it is cut off: {len(raw)} of {needed} bytes")
+        values = np.asanyarray(image.dataobj)
+        zooms = [float(z) for z in header.get_zooms()]
+    except (HeaderDataError, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise BadPicture(file, f"cannot be read as NIfTI, its header is damaged ({_line(error)})") from None
     while values.ndim > 2 and values.shape[-1] == 1:
         values = values[..., 0]
     # Array axes are (x, y): the picture is the transpose.
@@ -150,14 +168,20 @@ def read_info(folder: Path) -> dict[str, Any]:
         file = folder / f"Info_{view}.cfg"
         if not file.is_file():
             continue
-        pairs = (line.partition(":") for line in file.read_text(errors="replace").splitlines())
+        try:
+            lines = file.read_text("utf-8-sig", errors="replace").splitlines()
+        except OSError:
+            continue
+        pairs = (line.partition(":") for line in lines)
         info = {key.strip(): value.strip() for key, _, value in pairs}
         if info.get("ImageQuality"):
             facts.setdefault("image_quality", {})[view] = info["ImageQuality"]
         try:
-            facts["ejection_fraction"] = float(info["EF"])
+            fraction = float(info["EF"])
         except (KeyError, ValueError):
             continue  # optional, and some releases leave it empty
+        if math.isfinite(fraction):
+            facts["ejection_fraction"] = fraction
     return facts
 
 
@@ -179,12 +203,10 @@ def _index_nifti(root: Path, policy: str) -> Index:
                 root / "database_nifti", patient_id, patient_id, split_of[patient_id], "nii.gz", problems, digest
             )
         )
-    unlisted = sorted(found - {p for names in listed.values() for p in names})
-    notes = (
-        [f"{len(unlisted)} patients are in no split file and were not read: {', '.join(unlisted[:5])}…"]
-        if unlisted
-        else []
-    )
+    notes = [f"{origin[split]} lists no patient, so there is no {split} split" for split in listed if not listed[split]]
+    if unlisted := sorted(found - {p for names in listed.values() for p in names}):
+        shown = ", ".join(unlisted[:5]) + ("…" if len(unlisted) > 5 else "")
+        notes.append(f"{len(unlisted)} patients are in no split file and were not read: {shown}")
     return Index(patients, problems.skipped, digest.hexdigest(), notes)
 
 
@@ -201,7 +223,7 @@ def _index_old(root: Path, policy: str) -> Index:
         split = "validation" if i < NUM_OLD_VALIDATION_PATIENTS else "train"
         patients.append(_index_patient(root / "training", name, name, split, "mhd", problems, digest))
     testing = root / "testing"
-    tests = _patient_folders(testing) if testing.is_dir() else []
+    tests = _patient_folders(testing) if is_folder(testing) else []
     if not any(any(testing.glob(f"{name}/*_gt.mhd")) for name in tests):
         return Index(patients, problems.skipped, digest.hexdigest(), [NO_TEST])
     for name in tests:
@@ -227,6 +249,8 @@ def _index_patient(
         return Patient(patient_id, split)
     for file, stat in present.items():
         digest.add(f"{folder.name}/{name}/{file}", stat)
+        if file.startswith("Info_") and not os.access(folder / name / file, os.R_OK):
+            problems.add(folder / name / file, "no permission to read it")
     frames = []
     for view in VIEWS:
         for phase in PHASES:
@@ -243,13 +267,13 @@ def _index_patient(
 
 def _read_split_file(file: Path, digest: Digest) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
+        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
         digest.add(f"database_split/{file.name}", file.stat())
     except FileNotFoundError:
         raise UserError(f"{file}: the split file is missing; the official splits are needed, restore it") from None
     except PermissionError:
         raise UserError(f"{file}: no permission to read it; change its mode") from None
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{file}: is not a text file; restore the official one") from None
     for number, line in enumerate(lines, 1):
         if line and not PATIENT.fullmatch(line):

@@ -27,6 +27,8 @@ def check_readable(file: str) -> None:
         raise BadPicture(file, "is a folder, not a file") from None
     except PermissionError:
         raise BadPicture(file, "no permission to read it") from None
+    except OSError as error:
+        raise BadPicture(file, f"cannot be read ({error.strerror})") from None
 
 
 def as_grey(values: np.ndarray, file: str) -> np.ndarray:
@@ -37,6 +39,8 @@ def as_grey(values: np.ndarray, file: str) -> np.ndarray:
         return values
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
         raise BadPicture(file, "holds grey levels outside 0 to 255")
+    if values.max() <= 1 and (values != np.rint(values)).any():
+        raise BadPicture(file, "holds grey levels scaled to 0 to 1; they must be 0 to 255")
     return np.rint(values).astype(np.uint8)
 
 

@@ -7,6 +7,7 @@ the whole name, `[prefix_]patientNNNN_{2CH,4CH}_{ED,ES}[_suffix].png`, never fro
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from raysyn.data.readers import (
     Problems,
     Skipped,
     folder_names,
+    is_folder,
     make_frame,
     split_once,
 )
@@ -81,7 +83,7 @@ def parse_name(name: str) -> tuple[str, str, str]:
 
 def read_frame(files: FrameFiles, patient: Patient, image_size: int) -> Frame:
     """One frame. Raises BadPicture: unreadable file, unequal sizes, unknown labels, no sector."""
-    grey = as_grey(_read_png(files.image), files.image)
+    grey = as_grey(_read_png(files.image, palette_is_grey=True), files.image)
     file = files.sector or files.annotation
     labels = as_labels(_read_png(file), file, len(STRUCTURES) if files.sector else NUM_CAMUS_LABELS)
     if grey.shape != labels.shape:
@@ -94,16 +96,24 @@ def read_frame(files: FrameFiles, patient: Patient, image_size: int) -> Frame:
     return make_frame(files, patient, grey, labels, None, image_size)
 
 
-def _read_png(file: str) -> np.ndarray:
-    """[H, W] of an 8-bit grey or palette PNG, or of an RGB one whose channels are equal. Raises BadPicture."""
+def _read_png(file: str, palette_is_grey: bool = False) -> np.ndarray:
+    """[H, W] of an 8-bit grey or palette PNG, or of an RGB one whose channels are equal. Raises BadPicture.
+
+    A palette's indices are taken as they are, as labels need; with `palette_is_grey` its colours are.
+    """
     from PIL import Image
 
     check_readable(file)
     try:
-        with Image.open(file, formats=["PNG"]) as image:
-            mode, values = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadPicture(file, f"cannot be read as PNG, it may be cut off ({error})") from None
+        raw = Path(file).read_bytes()
+        with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
+            picture = image.convert("RGB") if palette_is_grey and image.mode == "P" else image
+            mode, values = picture.mode, np.asarray(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0].replace(" <_io.BytesIO", "").partition(" object at ")[0]
+        raise BadPicture(file, f"cannot be read as PNG, it may be cut off ({reason})") from None
+    if b"IEND\xaeB`\x82" not in raw[-64:]:
+        raise BadPicture(file, "cannot be read as PNG, its end is cut off")
     if mode in ("L", "P"):
         return values
     if (
@@ -117,30 +127,36 @@ def _read_png(file: str) -> np.ndarray:
 
 def _index(root: Path, policy: str) -> Index:
     problems, digest = Problems(policy), Digest()
-    folders = {split: name for split, name in FOLDERS.items() if (root / "images" / name).is_dir()}
+    folders = {split: name for split, name in FOLDERS.items() if is_folder(root / "images" / name)}
     if "train" not in folders:
         raise UserError(
             f"data.root: {root} has no images/training/; give the folder that holds images/ and annotations/"
         )
     files: dict[str, dict[str, list[FrameFiles]]] = {}
+    notes = [f"there is no images/{FOLDERS[s]}/, so there is no {s} split" for s in FOLDERS if s not in folders]
     for split, name in folders.items():
-        files[split] = _index_split(root, name, problems, digest)
+        files[split] = _index_split(root, name, problems, digest, notes)
     origin = {split: str(root / "images" / name) for split, name in folders.items()}
     split_of = split_once({split: sorted(found) for split, found in files.items()}, origin, problems)
     patients = [Patient(p, split_of[p], tuple(files[split_of[p]][p])) for p in sorted(split_of)]
-    notes = [f"there is no images/{FOLDERS[s]}/, so there is no {s} split" for s in FOLDERS if s not in folders]
     return Index(patients, problems.skipped, digest.hexdigest(), notes)
 
 
-def _index_split(root: Path, name: str, problems: Problems, digest: Digest) -> dict[str, list[FrameFiles]]:
-    """patient → frames of one split folder, pictures without labels left to `problems`."""
+def _index_split(
+    root: Path, name: str, problems: Problems, digest: Digest, notes: list[str]
+) -> dict[str, list[FrameFiles]]:
+    """patient → frames of one split folder, pictures without labels left to `problems`, labels without to `notes`."""
     kinds = ("images", "annotations", "sector_annotations")
-    present = {kind: _names(root / kind / name) if (root / kind / name).is_dir() else {} for kind in kinds}
+    present = {kind: _names(root / kind / name) if is_folder(root / kind / name) else {} for kind in kinds}
     for kind in kinds:
         for file, stat in present[kind].items():
             digest.add(f"{kind}/{name}/{file}", stat)
+    alone = [n for n in present["annotations"] if not {n, n.replace("_gt.png", ".png")} & set(present["images"])]
+    if alone:
+        shown = ", ".join(alone[:5]) + ("…" if len(alone) > 5 else "")
+        notes.append(f"{len(alone)} label maps in annotations/{name}/ have no picture: {shown}")
     found: dict[str, list[FrameFiles]] = {}
-    for file in (f for f in present["images"] if f.endswith(".png")):
+    for file in (f for f in present["images"] if f.lower().endswith(".png")):
         path = root / "images" / name / file
         try:
             patient, view, phase = parse_name(file)
@@ -162,6 +178,6 @@ def _index_split(root: Path, name: str, problems: Problems, digest: Digest) -> d
 
 def _names(folder: Path) -> dict[str, Any]:
     try:
-        return dict(folder_names(folder))
+        return {name: stat for name, stat in folder_names(folder).items() if not name.startswith(".")}
     except BadPicture as bad:
         raise UserError(f"{bad.file}: {bad.reason}") from None

@@ -141,7 +141,7 @@ def open_reader(data: DataConfig) -> Reader:
     if "://" in data.root:
         raise UserError(f"data.root: {data.root} is a URI; give a folder that every worker can see")
     root = Path(data.root).expanduser().absolute()
-    if not root.is_dir():
+    if not is_folder(root):
         raise UserError(f"data.root: {root} is not a folder; give the one that holds the data")
     if data.name == "camus":
         from raysyn.data.camus import CamusReader
@@ -169,6 +169,15 @@ def split_once(splits: Mapping[str, Iterable[str]], origin: Mapping[str, str], p
     return {patient: split for patient, split in found.items() if patient not in twice}
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there. Raises UserError where that may not be known: no permission above it."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        reason = "no permission to read it" if isinstance(error, PermissionError) else error.strerror
+        raise UserError(f"{path}: {reason}; change its mode or give another data.root") from None
+
+
 def folder_names(folder: Path, kind: str = "file") -> dict[str, os.stat_result]:
     """Names in a folder with their stat, sorted. Raises BadPicture when it is missing or may not be read."""
     try:
@@ -181,6 +190,8 @@ def folder_names(folder: Path, kind: str = "file") -> dict[str, os.stat_result]:
         raise BadPicture(str(folder), "no permission to read it") from None
     except NotADirectoryError:
         raise BadPicture(str(folder), "is not a folder") from None
+    except OSError as error:
+        raise BadPicture(str(error.filename or folder), f"cannot be read ({error.strerror})") from None
 
 
 class Digest:

@@ -1,3 +1,4 @@
+import importlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from raysyn.cluster.job import run_job
+from raysyn.compose import load_job
 from raysyn.types import Outcome, Resumable, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,26 @@ def stops(config: object) -> Outcome:
     raise Resumable("stopped by SIGTERM")
 
 
+def waits_within_ray(config: object) -> Outcome:
+    """As ray.get takes signals: what their handler raises is lost, but for a KeyboardInterrupt, which it raises anew."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+    except BaseException:
+        return Outcome("fit", "went on", "f")
+    raise AssertionError
+
+
+def stopped_as_ray_starts(config: object) -> Outcome:
+    sys.exit(signal.SIGTERM)
+
+
+def is_interrupted(config: object) -> Outcome:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("stage", "code", "says"),
     [
@@ -43,6 +65,9 @@ def stops(config: object) -> Outcome:
         (refuses_within_ray, 2, "raysyn fit: mask.png: too small"),
         (breaks, 1, "the same command resumes"),
         (stops, 0, "resumable"),
+        (waits_within_ray, 0, "stopped by SIGTERM; resumable"),
+        (stopped_as_ray_starts, 0, "stopped by SIGTERM; resumable"),
+        (is_interrupted, 130, "interrupted; resumable"),
     ],
 )
 def test_exit_codes(stage, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,3 +106,14 @@ def test_help_and_bad_keys_are_quick_and_clear(job: str) -> None:
     assert time.monotonic() - started < 60
     heavy = "import sys, raysyn.cluster.job; assert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("job", ["fit", "synthesize", "tune", "compare"])
+def test_input_that_is_not_there_is_refused_before_ray_starts(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*args: object) -> None:
+        raise AssertionError("Ray was started")
+
+    module = importlib.import_module(f"raysyn.cluster.{job}")
+    monkeypatch.setattr(module, "ray_session", start)
+    with pytest.raises(UserError, match=r"data\.root: /no/such is not a folder"):
+        getattr(module, job)(load_job(job, ["scale=tiny", "data=camus", "data.root=/no/such", "storage=/no/such"]))

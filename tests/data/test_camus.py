@@ -183,6 +183,8 @@ def test_info(nifti: Path, tmp_path: Path) -> None:
         "ejection_fraction": 56.5,
     }
     assert read_info(tmp_path) == {}
+    (tmp_path / "Info_2CH.cfg").write_text("EF: nan\n")
+    assert read_info(tmp_path) == {}  # the manifest is JSON, which knows no NaN
     (tmp_path / "Info_2CH.cfg").write_text("EF: \nno colon\nImageQuality:")
     assert read_info(tmp_path) == {}
 
@@ -197,6 +199,35 @@ def file_of(root: Path, name: str) -> Path:
 def cut(root: Path, name: str) -> None:
     file = file_of(root, name)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def end_cut_off(root: Path, name: str) -> None:
+    """All pixels are there; the checksum is not."""
+    file = file_of(root, name)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damaged(root: Path, name: str) -> None:
+    file = file_of(root, name)
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+def with_header(root: Path, name: str, at: int, values: bytes) -> None:
+    raw = bytearray(gzip.decompress(file_of(root, name).read_bytes()))
+    raw[at : at + len(values)] = values
+    file_of(root, name).write_bytes(gzip.compress(bytes(raw)))
+
+
+def header_alone(root: Path, name: str) -> None:
+    file = file_of(root, name)
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:352]))
+
+
+def loop(root: Path, name: str) -> None:
+    file_of(root, name).unlink()
+    file_of(root, name).symlink_to(name)
 
 
 def cut_before_compression(root: Path, name: str) -> None:
@@ -227,9 +258,15 @@ SPOILED = {
     "truncated": (lambda r: cut(r, f"{BAD}.nii.gz"), "cannot be read as NIfTI, it may be cut off"),
     "truncated inside": (lambda r: cut_before_compression(r, f"{BAD}.nii.gz"), "cannot be read as NIfTI"),
     "empty": (lambda r: file_of(r, f"{BAD}.nii.gz").write_bytes(b""), "the file is empty"),
+    "end cut off": (lambda r: end_cut_off(r, f"{BAD}.nii.gz"), "cannot be read as NIfTI, it may be cut off"),
+    "damaged": (lambda r: damaged(r, f"{BAD}.nii.gz"), "cannot be read as NIfTI"),
+    "header alone": (lambda r: header_alone(r, f"{BAD}.nii.gz"), r"it is cut off: 352 of \d+ bytes"),
+    "data type": (lambda r: with_header(r, f"{BAD}.nii.gz", 70, b"\xf0\x0f"), "its header is damaged"),
+    "huge": (lambda r: with_header(r, f"{BAD}.nii.gz", 42, b"\xff\x7f" * 2), r"it is cut off: \d+ of \d+ bytes"),
     "no NIfTI": (lambda r: file_of(r, f"{BAD}.nii.gz").write_bytes(b"<html>"), "cannot be read as NIfTI"),
     "black": (lambda r: rewrite(r, f"{BAD}.nii.gz", picture() * 0), "all black: no scan sector"),
     "grey levels": (lambda r: rewrite(r, f"{BAD}.nii.gz", picture() * 4.0), "grey levels outside 0 to 255"),
+    "grey levels of 1": (lambda r: rewrite(r, f"{BAD}.nii.gz", picture() / 255), "scaled to 0 to 1"),
     "a clip": (lambda r: rewrite(r, f"{BAD}.nii.gz", np.stack([picture()] * 3)), "not one picture"),
 }
 
@@ -279,6 +316,60 @@ def test_no_permission_for_real(nifti: Path) -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
+def test_a_loop_of_links_is_named(nifti: Path) -> None:
+    loop(nifti, f"{BAD}.nii.gz")
+    with pytest.raises(UserError, match=rf"{BAD}\.nii\.gz: cannot be read \(Too many levels"):
+        read_all(nifti)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="drops root's rights")
+@pytest.mark.parametrize(
+    "closed", ["", "database_split/subgroup_testing.txt", "database_nifti/patient0002/Info_2CH.cfg"]
+)
+def test_no_permission_above_and_beside_the_pictures(nifti: Path, closed: str) -> None:
+    for folder in (nifti, *nifti.parents[:2]):
+        folder.chmod(0o755)
+    (nifti / closed).chmod(0o600)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            read_all(nifti)
+        except UserError as error:
+            code = 42 if str(nifti / closed) in str(error) and "no permission to read it" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
+def test_a_header_that_nibabel_mends_aloud_is_read_in_silence(nifti: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with_header(nifti, f"{BAD}.nii.gz", 76, np.array([-1, -SPACING_X], "<f4").tobytes())  # a negative spacing
+    _, frames, _ = read_all(nifti)
+    assert len(frames) == 16
+    assert not capfd.readouterr().err
+
+
+def test_split_files_as_windows_writes_them(nifti: Path) -> None:
+    before = [(p.patient_id, p.split) for p in read_all(nifti)[0].patients]
+    for file in (nifti / "database_split").iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b" \r\n") + b"\r\n\t\r\n")
+    assert [(p.patient_id, p.split) for p in read_all(nifti)[0].patients] == before
+
+
+def test_split_files_that_list_nobody_are_noted_or_refused(nifti: Path) -> None:
+    write_splits(nifti, testing=[""])
+    index, frames, _ = read_all(nifti)
+    assert "subgroup_testing.txt lists no patient, so there is no test split" in index.notes[0]
+    assert {f.split for f in frames} == {"train", "validation"}
+    file = nifti / "database_split" / "subgroup_testing.txt"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"subgroup_testing\.txt: is not a text file"):
+        read_all(nifti)
 
 
 def test_patient_in_two_splits(nifti: Path) -> None:

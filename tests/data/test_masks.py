@@ -138,3 +138,11 @@ def test_what_is_no_label_map_is_refused(bad: np.ndarray) -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(UserError, match="seed -3"):
         warp_label_map(MAPS[0], WarpConfig(), -3)
+
+
+def test_what_lies_beyond_the_picture_is_tissue_and_not_its_edge_drawn_out() -> None:
+    halved = WarpConfig(rotation_deg=0, translation=0, scale_min=0.5, scale_max=0.5, shear_deg=0, elastic_px=0)
+    warped = warp_label_map(np.full((64, 64), LEFT_ATRIUM, np.uint8), halved, 0)
+    expected = np.full((64, 64), TISSUE, np.uint8)
+    expected[16:48, 16:48] = LEFT_ATRIUM
+    assert (warped == expected).all()

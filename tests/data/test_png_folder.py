@@ -159,6 +159,38 @@ def test_palette_and_grey_rgb_are_read(root: Path) -> None:
     assert (after.label_map == before.label_map).all()
 
 
+def test_a_picture_with_a_palette_is_its_colours(root: Path) -> None:
+    before = {f.frame_id: f for f in read_all(root)[1]}["patient0003_2CH_ED"]
+    file = root / "images" / "validation" / "patient0003_2CH_ED.png"
+    indices = np.where(picture() == 100, 0, 1).astype(np.uint8)
+    palette = Image.frombytes("P", (SIZE, SIZE), indices.tobytes())
+    palette.putpalette([100] * 3 + [0] * 3)
+    palette.save(file)
+    after = {f.frame_id: f for f in read_all(root)[1]}["patient0003_2CH_ED"]
+    assert (after.image == before.image).all()
+    palette.putpalette([100, 90, 100] + [0] * 3)
+    palette.save(file)
+    with pytest.raises(UserError, match="not an 8-bit grey PNG"):
+        read_all(root)
+
+
+def test_what_systems_leave_in_folders_is_no_picture_and_capitals_are_not_dropped(root: Path) -> None:
+    folder = root / "images" / "training"
+    (folder / "._patient0001_2CH_ED.png").write_bytes(b"x")
+    (folder / ".DS_Store").write_bytes(b"x")
+    assert len(read_all(root)[1]) == 16
+    (folder / "patient0001_2CH_ED.png").rename(folder / "patient0001_2CH_ED.PNG")
+    with pytest.raises(UserError, match=r"patient0001_2CH_ED\.PNG: the name is not"):
+        read_all(root)
+
+
+def test_label_maps_without_a_picture_are_noted(root: Path) -> None:
+    (root / "images" / "testing" / "patient0004_4CH_ED.png").unlink()
+    index, frames, _ = read_all(root)
+    assert len(frames) == 15
+    assert index.notes == ["1 label maps in annotations/testing/ have no picture: patient0004_4CH_ED_gt.png"]
+
+
 NAME = "patient0003_4CH_ED"
 
 
@@ -179,6 +211,10 @@ SPOILED = {
     "sizes": (lambda r: save(label_file(r), annotation()[:-4]), r"sizes differ: the ground truth is \[60, 64\]"),
     "labels": (lambda r: save(label_file(r), annotation() * 85), "unknown label values 85, 170, 255"),
     "truncated": (lambda r: cut(image_file(r)), "cannot be read as PNG, it may be cut off"),
+    "end cut off": (
+        lambda r: image_file(r).write_bytes(image_file(r).read_bytes()[:-2]),
+        "cannot be read as PNG, its end is cut off",
+    ),
     "empty": (lambda r: label_file(r).write_bytes(b""), "the file is empty"),
     "text": (lambda r: label_file(r).write_bytes(b"hello"), "cannot be read as PNG"),
     "colour": (
