@@ -35,6 +35,7 @@ COLUMNS = ("name", "size", "ratio_median", "ratio_min", "ratio_max", "ours_secon
 
 FEW_STEPS = ("dpmpp_2m", 3)  # benchmarks/few_steps.py
 OUR_BATCH = 32  # the demo's (synthesize.batch_size)
+LARGE_BATCH = 8  # at laptop size, where more gains nothing and only takes minutes
 measure = partial(ratio, clock=time.process_time)  # one thread: other processes' share of the machine is left out
 
 
@@ -56,7 +57,7 @@ def demo_denoiser(name: str, image_size: int, scale: str = "demo"):
 def against_plain(
     name: str, image_size: int, num_steps: int = 5, few_steps: bool = False, compiled: bool = False, scale: str = "demo"
 ) -> list:
-    """(a): seconds an image at the same weights and seeds, decoded; ours in batches of 32, bf16, modulations kept.
+    """(a): seconds an image at the same weights and seeds, decoded; ours in batches, bf16, modulations kept.
 
     At equal solver and steps (Heun) the images agree to rounding in fp32, which is checked. With `few_steps` ours is
     what benchmarks/few_steps.py found to reach the task Dice of Heun with 25 steps. `compiled` is synthesize.compile.
@@ -67,10 +68,11 @@ def against_plain(
     own_codec = LatentCodec(copy.deepcopy(vae).to(memory_format=torch.channels_last)) if vae else codec
     sector = torch.ones(OUR_BATCH, 1, image_size, image_size)
     denoiser = copy.deepcopy(published).to(memory_format=torch.channels_last)
-    own, few = config.sampler, (2 if scale == "demo" else 1) * PLAIN_BATCH
+    own = config.sampler
+    batch, few = (OUR_BATCH, 2 * PLAIN_BATCH) if scale == "demo" else (LARGE_BATCH, PLAIN_BATCH)
     own.solver, own.num_steps = FEW_STEPS if few_steps else ("heun", num_steps)
 
-    def ours(amp: str = "bf16", count: int = OUR_BATCH):
+    def ours(amp: str = "bf16", count: int = batch):
         options = {"shape": shape, "amp": amp, "modulation_cache_bytes": 1 << 30}
         x = generate(denoiser, one_hot[:count], range(count), own, **options)
         return own_codec.decode(x, sector[:count])
@@ -90,7 +92,7 @@ def against_plain(
     what = f"{own.solver} {own.num_steps}" + (f" for heun {num_steps}, equal task Dice" if few_steps else "")
     of = "" if scale == "demo" else f" ({scale})"
     title = f"sampler{' (compiled)' if compiled else ''} against the plain procedure: {name}{of}, {what}"
-    return [title, image_size, [r * OUR_BATCH / few for r in ratios], ours_seconds / OUR_BATCH, plain_seconds / few]
+    return [title, image_size, [r * batch / few for r in ratios], ours_seconds / batch, plain_seconds / few]
 
 
 def against_diffusers(image_size: int = 64) -> list:
