@@ -24,7 +24,8 @@ from benchmarks.plain import PLAIN_BATCH, plain_heun, ratio
 from raysyn.compose import load_model
 from raysyn.diffusion.batching import keep_freed_memory
 from raysyn.diffusion.generate import generate
-from raysyn.models import build_denoiser
+from raysyn.models import build_denoiser, build_vae
+from raysyn.nets.codecs import LatentCodec, PixelCodec
 from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
 from raysyn.report.write import machine
 
@@ -33,43 +34,52 @@ COLUMNS = ("name", "size", "ratio_median", "ratio_min", "ratio_max", "ours_secon
 
 
 FEW_STEPS = ("dpmpp_2m", 3)  # benchmarks/few_steps.py
+OUR_BATCH = 32  # the demo's (synthesize.batch_size)
+LARGE_BATCH = 8  # at laptop size, where more gains nothing and only takes minutes
 measure = partial(ratio, clock=time.process_time)  # one thread: other processes' share of the machine is left out
 
 
-def demo_denoiser(name: str, image_size: int):
-    """(denoiser with all layers awake, maps [16, 10, H, W], shape of x)."""
+def demo_denoiser(name: str, image_size: int, scale: str = "demo"):
+    """(config, denoiser with all layers awake, maps [OUR_BATCH, 10, H, W], shape of x)."""
     torch.manual_seed(0)
-    config = load_model(name, "demo")
+    config = load_model(name, scale)
     denoiser = build_denoiser(config, image_size).eval()
     with torch.no_grad():
         for p in denoiser.parameters():
             p.add_(0.02 * torch.randn_like(p))
     rows = np.add.outer(np.arange(image_size), np.arange(image_size)) * 5 // (2 * image_size)
-    index = torch.from_numpy(np.stack([(rows + i) % 10 for i in range(16)]))
+    index = torch.from_numpy(np.stack([(rows + i) % 10 for i in range(OUR_BATCH)]))
     one_hot = torch.nn.functional.one_hot(index, 10).permute(0, 3, 1, 2).float()
     size = image_size // config.latent_downscale
     return config, denoiser, one_hot, (config.vae.latent_channels, size, size)
 
 
 def against_plain(
-    name: str, image_size: int, num_steps: int = 5, few_steps: bool = False, compiled: bool = False
+    name: str, image_size: int, num_steps: int = 5, few_steps: bool = False, compiled: bool = False, scale: str = "demo"
 ) -> list:
-    """(a): seconds an image at the same weights and seeds, ours in batches of 16, bf16, modulations kept.
+    """(a): seconds an image at the same weights and seeds, decoded; ours in batches, bf16, modulations kept.
 
     At equal solver and steps (Heun) the images agree to rounding in fp32, which is checked. With `few_steps` ours is
     what benchmarks/few_steps.py found to reach the task Dice of Heun with 25 steps. `compiled` is synthesize.compile.
     """
-    config, published, one_hot, shape = demo_denoiser(name, image_size)
+    config, published, one_hot, shape = demo_denoiser(name, image_size, scale)
+    vae = build_vae(config).eval() if config.space == "latent" else None
+    codec = LatentCodec(vae) if vae else PixelCodec()
+    own_codec = LatentCodec(copy.deepcopy(vae).to(memory_format=torch.channels_last)) if vae else codec
+    sector = torch.ones(OUR_BATCH, 1, image_size, image_size)
     denoiser = copy.deepcopy(published).to(memory_format=torch.channels_last)
-    own, few = config.sampler, 2 * PLAIN_BATCH
+    own = config.sampler
+    batch, few = (OUR_BATCH, 2 * PLAIN_BATCH) if scale == "demo" else (LARGE_BATCH, PLAIN_BATCH)
     own.solver, own.num_steps = FEW_STEPS if few_steps else ("heun", num_steps)
 
-    def ours(amp: str = "bf16", count: int = 16):
+    def ours(amp: str = "bf16", count: int = batch):
         options = {"shape": shape, "amp": amp, "modulation_cache_bytes": 1 << 30}
-        return generate(denoiser, one_hot[:count], range(count), own, **options)
+        x = generate(denoiser, one_hot[:count], range(count), own, **options)
+        return own_codec.decode(x, sector[:count])
 
     def plain():
-        return plain_heun(published, one_hot[:few], range(few), shape, num_steps, own.sigma_min, own.sigma_max)
+        x = plain_heun(published, one_hot[:few], range(few), shape, num_steps, own.sigma_min, own.sigma_max)
+        return torch.cat([codec.decode(part, sector[: len(part)]) for part in x.split(PLAIN_BATCH)])
 
     if not few_steps:
         difference = float((ours("none", few) - plain()).abs().max())
@@ -80,8 +90,9 @@ def against_plain(
         assert not net.fallbacks, net.fallbacks
     ratios, ours_seconds, plain_seconds = measure(ours, plain, 5 if num_steps < 10 else 3)
     what = f"{own.solver} {own.num_steps}" + (f" for heun {num_steps}, equal task Dice" if few_steps else "")
-    title = f"sampler{' (compiled)' if compiled else ''} against the plain procedure: {name}, {what}"
-    return [title, image_size, [r * 16 / few for r in ratios], ours_seconds / 16, plain_seconds / few]
+    of = "" if scale == "demo" else f" ({scale})"
+    title = f"sampler{' (compiled)' if compiled else ''} against the plain procedure: {name}{of}, {what}"
+    return [title, image_size, [r * batch / few for r in ratios], ours_seconds / batch, plain_seconds / few]
 
 
 def against_diffusers(image_size: int = 64) -> list:
@@ -93,6 +104,7 @@ def against_diffusers(image_size: int = 64) -> list:
     other = UNet2DModel(
         image_size // 2, in_channels=4 + 10, out_channels=4, block_out_channels=(24, 48), norm_num_groups=6, **blocks
     ).eval()
+    one_hot = one_hot[:16]
     x, sigma = torch.randn(16, *shape), torch.ones(16)
     folded = torch.cat([torch.nn.functional.pixel_unshuffle(x, 2), one_hot[:, :, ::2, ::2]], 1)
     modulations = denoiser.modulations(one_hot)
@@ -123,6 +135,9 @@ def main() -> None:
         against_plain("edm_l64", 64),
         against_plain("edm", 64),
         against_plain("edm", 128, 3),
+        against_plain("edm_l128", 128, 2, scale="laptop"),
+        against_plain("edm_l64", 128, 2, scale="laptop"),
+        against_plain("edm", 128, 2, scale="laptop"),
         against_plain("edm_l128", 64, compiled=True),
         against_plain("edm_l64", 64, compiled=True),
         against_plain("edm_l128", 64, 25, few_steps=True),

@@ -296,7 +296,8 @@ class WarpConfig:
 class SynthesizeConfig:
     """Which images are synthesized: masks x warps x noise seeds, in shards and batches of fixed composition.
 
-    `compile` makes each worker compile the net for the batch's shape first: minutes on a GPU, then less time an image.
+    `batch_size` 0 is as many as the device holds, which each worker finds out by a probe (32 on a CPU). `compile` makes
+    each worker compile the net for the batch's shape first: minutes on a GPU, then less time an image.
     """
 
     mask_splits: list[str] = field(default_factory=lambda: ["train", "validation"])
@@ -316,11 +317,11 @@ class SynthesizeConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, amp=("none", "bf16", "fp16"))
-        _within(self, num_warps=(1, 1e6), num_noise_seeds=(1, 1e6), batch_size=(1, 65536), shard_size=(1, 1e6))
+        _within(self, num_warps=(1, 1e6), num_noise_seeds=(1, 1e6), batch_size=(0, 65536), shard_size=(1, 1e6))
         _within(self, min_faithfulness=(0, 1), max_attempts=(1, 100), modulation_cache_bytes=(0, INF))
         _within(self, seed=(0, MAX_SEED))
         _not_empty(self, "mask_splits")
-        if self.shard_size % self.batch_size:
+        if self.batch_size and self.shard_size % self.batch_size:
             raise UserError(f"shard_size: {self.shard_size} is not a multiple of batch_size {self.batch_size}")
         unknown = sorted(set(self.mask_splits) - {"train", "validation"})
         if unknown:

@@ -71,7 +71,7 @@ def test_all_models_at_once_have_a_folder_of_their_own() -> None:
         ("fit", "nonsense", "form key=value"),
         ("prepare", "model=edm", "model: not a key of jobs/prepare.py"),
         ("synthesize", "synthesize.mask_splits=[test]", r"synthesize\.mask_splits: .*test"),
-        ("synthesize", "synthesize.shard_size=10", r"synthesize\.shard_size: 10 is not a multiple"),
+        ("synthesize", "synthesize={batch_size: 16, shard_size: 10}", r"synthesize\.shard_size: 10 is not a multiple"),
         ("tune", "search.objectives=[beauty]", r"search\.objectives"),
         ("compare", "solvers=[rk45]", "'rk45' is not one of"),
         ("compare", "steps=[5,5]", "steps: 5 comes twice"),

@@ -28,6 +28,7 @@ from raysyn.types import VIEWS, Frame, Provenance, UserError
 SUMMED = tuple(f"{part}{unit}" for part in ("", "decode_", "rejected_") for unit in ("cpu_seconds", "gpu_seconds"))
 RECORD = {"name", "rows", "bytes", "sha256", "seconds", *SUMMED, "attempts", "below_min_faithfulness", "energy_joules"}
 RECORD |= {"peak_memory_mb", "peak_gpu_memory_mb"}  # what the manifest is made from
+CPU_BATCH = 32  # benchmarks/README.md
 LOOK_UPS = 32  # at once, of shards in an object store: each is a round trip
 
 
@@ -78,10 +79,24 @@ class ModelSampler:
         torch.set_num_threads(spec.threads)
         keep_freed_memory()
         self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
-        if spec.config.compile:
-            self.model.fix_shapes(spec.config.amp)
         self.sampler = SamplerConfig(**spec.settings["sampler"])
         self.config, self.decoding = spec.config, Cost()
+        self.batch_size = spec.config.batch_size or self._fitting()
+        if spec.config.compile:
+            self.model.fix_shapes(spec.config.amp)
+        self.decoding = Cost()  # without the probe's
+
+    def _fitting(self) -> int:
+        """The largest batch that the GPU holds, of at most a shard; 32 on a CPU, where larger ones gain nothing."""
+        from raysyn.diffusion.batching import probe_batch
+
+        if not _on_gpu():
+            return min(CPU_BATCH, self.config.shard_size)
+        size = self.model.image_size
+        # No two places of such a map are alike, so that tables of neighbourhoods save nothing.
+        label_map = np.random.default_rng(0).integers(0, 5, (self.config.shard_size, size, size), dtype=np.uint8)
+        view = np.zeros(self.config.shard_size, np.uint8)
+        return probe_batch(lambda n: self._draw(label_map[:n], view[:n], list(range(n))), limit=self.config.shard_size)
 
     def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
         """Images uint8 [B, H, W]; raises torch.OutOfMemoryError when not even one image fits."""
@@ -140,7 +155,7 @@ class ShardWriter:
         """Draw the images of a shard and write it; returns its record."""
         attempts, below, tables = 0, 0, []
         self.rejected, self.rejected_decoding, decoded = Cost(), Cost(), self._decoding()
-        batches = list(self.spec.plan.batches(shard))
+        batches = list(self.spec.plan.batches(shard, getattr(self.sampler, "batch_size", 0)))
         # Warping of the next batch's maps and PNG encoding of the last one's images run beside the sampling.
         with measured(_on_gpu()) as cost, ThreadPoolExecutor(2) as pool:
             ready = pool.submit(self.conditions, shard.split, batches[0])

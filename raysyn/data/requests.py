@@ -101,10 +101,11 @@ class RequestPlan:
         warp_seed = stable_seed("warp", self.seed, frame_id, warp)
         return Request(frame_id, mask, warp_seed, stable_seed("noise", self.seed, frame_id, warp, noise))
 
-    def batches(self, shard: Shard) -> Iterator[list[Request]]:
-        """The requests of a shard in batches of fixed composition."""
-        for start in range(shard.start, shard.stop, self.batch_size):
-            stop = min(start + self.batch_size, shard.stop)
+    def batches(self, shard: Shard, fitting: int = 0) -> Iterator[list[Request]]:
+        """The requests of a shard in batches of fixed composition, or where the plan leaves their size open of `fitting`."""
+        size = self.batch_size or fitting or self.shard_size
+        for start in range(shard.start, shard.stop, size):
+            stop = min(start + size, shard.stop)
             yield [self.request(shard.split, i) for i in range(start, stop)]
 
 

@@ -168,7 +168,8 @@ class Denoiser(nn.Module):
         self, x: Tensor, sigma: Tensor | float, one_hot: Tensor | None = None, modulations: Any = None
     ) -> tuple[Tensor, Tensor | None]:
         """(D, v): v in about [−1, 1] interpolates the log variance of a DDPM step; None if the net has no such head."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
+        # One level for all images is embedded once.
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
         c_skip, c_out, c_in, c_noise = self.precondition.coefficients(sigma)
         column = (-1, *[1] * (x.dim() - 1))
         work = x.float()

@@ -133,8 +133,21 @@ class Block(nn.Module):
         qkv = qkv.reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
         # Contiguous: with channels apart in memory the fused kernels refuse, on CPUs and GPUs, and a 40 % slower path runs.
         q, k, v = (t.transpose(2, 3).contiguous() for t in qkv.unbind(3))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(h.shape)
+        attended = attend(q, k, v).transpose(2, 3).reshape(h.shape)
         return (self.proj(attended) + h) * self.skip_scale
+
+
+FEW_PLACES = 256  # up to which products of whole matrices take less than half of the fused kernel's time
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(qkᵀ/√d) v for q, k, v [B, heads, places, d], the same.
+
+    Sampling on a CPU in bf16, torch's fused kernel multiplies in fp32: few places go through plain matrix products.
+    """
+    if torch.is_grad_enabled() or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > FEW_PLACES:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
 
 
 class PositionalEmbedding(nn.Module):

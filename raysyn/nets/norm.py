@@ -31,7 +31,11 @@ class GroupNorm(nn.GroupNorm):
         gain, bias = gain[:, :, None, None], bias[:, :, None, None]
         if scale is not None and shift is not None:
             gain, bias = gain * scale, torch.addcmul(shift.float(), bias, scale)
-        return torch.addcmul(bias.to(x.dtype), x, gain.to(x.dtype))
+        # A row of pixels at once: over one pixel's few channels the kernel would not be vectorised.
+        rows = x.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+        gain, bias = (t.reshape(batch, 1, channels).to(x.dtype).repeat(1, 1, width) for t in (gain, bias))
+        y = torch.addcmul(bias, rows, gain).unflatten(2, (width, channels))
+        return y.permute(0, 3, 1, 2)
 
 
 def _is_slow(x: Tensor) -> bool:

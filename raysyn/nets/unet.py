@@ -44,7 +44,7 @@ OVERHEAD = 1_000_000  # operations that the mere calls of a SPADE layer's convol
 
 
 class SemanticUNet(ModelMixin, ConfigMixin):
-    """F(c_in·x; c_noise, map): x [B, in, H, W], c_noise [B], one_hot [B, label_channels, ·, ·] -> [B, out, H, W].
+    """F(c_in·x; c_noise, map): x [B, in, H, W], c_noise [B] or [1], one_hot [B, label_channels, ·, ·] -> [B, out, H, W].
 
     `resolution` is the height and width of x. With `patch_size` p the net works on p x p patches moved to channels.
     With `learned_variance` the output has twice the channels: (F, variance interpolation). The last three settings are
@@ -223,11 +223,12 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         (2 to 7 times slower to use than maps, many times faster than convolutions), and the layers that save most work a
         byte are kept first. No bit of an output changes.
         """
-        conditioning, batch = Conditioning(one_hot), one_hot.shape[0]
+        batch, device = one_hot.shape[0], one_hot.device.type
         layers = self.spade_sizes()
-        device = one_hot.device.type
         low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         item = torch.get_autocast_dtype(device).itemsize if low else layers[0][0].norm.weight.element_size()
+        # Cast once, as autocast would for each layer.
+        conditioning = Conditioning(one_hot.to(torch.get_autocast_dtype(device)) if low else one_hot)
         maps = [2 * item * batch * layer.norm.num_channels * side * side for layer, side in layers]
         if budget_bytes is None or sum(maps) <= budget_bytes:
             return [layer.modulation(conditioning.at((side, side))) for layer, side in layers]
@@ -263,7 +264,7 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         patch = self.config.patch_size  # type: ignore[attr-defined]
         conditioning = Conditioning(one_hot, modulations, self.dropout_seeds)
         x = F.pixel_unshuffle(x, patch) if patch > 1 else x
-        emb = self._embed(c_noise.expand(x.shape[0]))
+        emb = self._embed(c_noise)
         skips: list[Tensor] = []
         pyramid = x
         for name, layer in self.enc.items():

@@ -1,6 +1,7 @@
-"""The worker's own sampler, without Ray: a batch that does not fit is drawn in halves, in order."""
+"""The worker's own sampler, without Ray: a batch that does not fit is drawn in halves, in order; its size may be probed."""
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 
 from raysyn.cluster.sampler_actor import ModelSampler
 from raysyn.config import SamplerConfig, SynthesizeConfig
+from raysyn.metrics.cost import Cost
 
 
 class Model:
     """Stands in for a fitted model; remembers what it was asked for."""
 
-    fixed = ""
+    fixed, image_size = "", 4
 
     def to(self, device: str):
         return self
@@ -22,7 +24,8 @@ class Model:
         self.fixed = amp
 
 
-def test_a_batch_that_does_not_fit_is_drawn_in_halves(monkeypatch) -> None:
+def made(monkeypatch, **options) -> tuple[ModelSampler, Model, list[int]]:
+    """A sampler whose device holds 3 images, its model, and the sizes of the batches that it was asked for."""
     model, batches = Model(), []
 
     def draw(given, maps, view, seeds, sampler, *, amp, modulation_cache_bytes):
@@ -39,10 +42,24 @@ def test_a_batch_that_does_not_fit_is_drawn_in_halves(monkeypatch) -> None:
     monkeypatch.setattr("raysyn.pipeline.sample_latents", draw)
     monkeypatch.setattr("raysyn.pipeline.decode_images", decode)
     settings = {"sampler": dataclasses.asdict(SamplerConfig())}
-    config = SynthesizeConfig(amp="bf16", compile=True)
-    sampler = ModelSampler(SimpleNamespace(threads=1, model_dir="", config=config, settings=settings))
+    spec = SimpleNamespace(threads=1, model_dir="", config=SynthesizeConfig(**options), settings=settings)
+    return ModelSampler(spec), model, batches
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_halves(monkeypatch) -> None:
+    sampler, model, batches = made(monkeypatch, amp="bf16", compile=True)
     images = sampler(np.zeros((10, 4, 4), np.uint8), np.zeros(10, np.uint8), list(range(10)))
     assert images[:, 0, 0].tolist() == list(range(10))
     assert batches == [10, 5, 2, 3, 5, 2, 3]
     assert model.fixed == "bf16"
     assert sampler.decoding.wall_seconds > 0
+
+
+def test_a_batch_of_open_size_is_what_the_gpu_holds(monkeypatch) -> None:
+    assert made(monkeypatch, batch_size=0)[0].batch_size == 32
+    assert made(monkeypatch, batch_size=0, shard_size=6)[0].batch_size == 6
+    monkeypatch.setattr("raysyn.cluster.sampler_actor._on_gpu", lambda: True)
+    monkeypatch.setattr("raysyn.cluster.sampler_actor.measured", lambda on_gpu: nullcontext(Cost()))
+    sampler, _, batches = made(monkeypatch, batch_size=0)
+    assert (sampler.batch_size, batches) == (2, [8, 4, 2])
+    assert sampler.decoding == Cost()

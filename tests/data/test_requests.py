@@ -31,6 +31,14 @@ def test_every_mask_warp_and_seed_comes_exactly_once(masks: int, warps: int, see
     assert len({s.name for s in shards} | {s.record for s in shards}) == 2 * len(shards)
 
 
+def test_a_batch_of_open_size_is_what_fits_or_the_whole_shard() -> None:
+    made = plan(batch_size=0)
+    shard = next(made.shards())
+    assert [len(b) for b in made.batches(shard)] == [8]
+    assert [len(b) for b in made.batches(shard, 3)] == [3, 3, 2]
+    assert [len(b) for b in plan().batches(shard, 3)] == [4, 4]
+
+
 def test_noise_seeds_of_one_warp_share_its_mask() -> None:
     made = plan()
     by_warp: dict = {}

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from raysyn.compose import load_model
+from raysyn.diffusion.precondition import EDM, Denoiser
 from raysyn.models import MODELS, build_denoiser
-from raysyn.nets.blocks import Block
+from raysyn.nets.blocks import Block, attend
 from raysyn.nets.spade import Spade, num_groups, one_hot_from_index
 from raysyn.nets.unet import SemanticUNet
 from raysyn.types import UserError
@@ -205,3 +207,26 @@ def test_a_size_that_the_net_cannot_halve_is_refused() -> None:
 def test_groups_are_the_published_ones_and_always_divide() -> None:
     assert [num_groups(c) for c in (128, 192, 256, 768)] == [32, 32, 32, 32]
     assert all(c % num_groups(c) == 0 for c in range(1, 300))
+
+
+def test_attention_of_few_places_in_bf16_is_as_near_as_torchs_own() -> None:
+    q, k, v = (2 * torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    fused = (F.scaled_dot_product_attention(q, k, v).float() - exact).norm() / exact.norm()
+    with torch.inference_mode():
+        own = attend(q, k, v)
+    assert own.dtype == torch.bfloat16
+    assert (own.float() - exact).norm() / exact.norm() < 3 * fused + 1e-3
+
+
+def test_one_level_for_all_images_is_embedded_once() -> None:
+    net = awake(small())
+    sizes = []
+    net.map_layer0.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    one_hot, x = maps(3), torch.randn(3, 1, 16, 16)
+    denoiser = Denoiser(net, EDM())
+    with torch.no_grad():
+        one, each = denoiser(x, 0.7, one_hot), denoiser(x, torch.full((3,), 0.7), one_hot)
+    assert sizes == [1, 3]
+    torch.testing.assert_close(one, each)
