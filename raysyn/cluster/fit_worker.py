@@ -60,7 +60,9 @@ def fit_worker(job: WorkerJob) -> dict[str, Any]:
             raise
         return {"status": "bad_input", "message": str(error)}
     except Diverged as error:
-        return {"status": "diverged", "message": str(error)}
+        part = "model.vae.fit" if job.what == "autoencoder" else "model.fit"
+        advice = f"try a lower {part}.lr, {part}.grad_clip=1 or {part}.spike_factor=10 (goes back and draws anew)"
+        return {"status": "diverged", "message": f"{error}; {advice}"}
 
 
 def _parallel(context: Any) -> Parallel:
@@ -69,8 +71,9 @@ def _parallel(context: Any) -> Parallel:
     if torch.cuda.is_available():
         from ray.train.torch import get_device
 
-        device = get_device()
-        torch.cuda.set_device(device)
+        device = get_device()  # the CPU where workers.gpus_per_worker is 0, GPU or not
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     return parallel_of(context.get_world_rank(), context.get_world_size(), device)
 
 
