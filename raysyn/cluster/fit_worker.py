@@ -191,11 +191,11 @@ class _Outside:
         count("raysyn_fit_images", self.job.title, self.job.fit.global_batch)
 
     def _sample(self, step: int) -> None:
-        frames, device = self.built.validation or self.built.train, self.parallel.device
+        frames = self.built.validation or self.built.train
         if self.job.what == "autoencoder":
-            picture = reconstruction_grid(self.built.codec, frames, device)
+            picture = reconstruction_grid(self.built.codec, frames, self.parallel.device)
         else:
-            picture = sample_grid(self.built.denoiser, self.built.codec, self.job.config.model, frames, device)
+            picture = sample_grid(self.built.denoiser, self.built.codec, self.job.config.model, frames)
         self.storage.write_atomic(f"samples/step-{step:09d}.png", png(picture))
         self.tracker.log_image("samples", picture, step)
 
