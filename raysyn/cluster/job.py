@@ -79,6 +79,12 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
     except Resumable as stop:
         print(f"raysyn {job}: {stop}; resumable: run the same command again to go on", file=sys.stderr)
         return 0
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        # Ray's own answer to the signal, while it starts or joins.
+        print(f"raysyn {job}: stopped by SIGTERM; resumable: run the same command again to go on", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print(f"raysyn {job}: interrupted; resumable: run the same command again to go on", file=sys.stderr)
         return 130

@@ -35,6 +35,10 @@ def stops(config: object) -> Outcome:
     raise Resumable("stopped by SIGTERM")
 
 
+def stops_while_ray_starts(config: object) -> Outcome:
+    raise SystemExit(signal.SIGTERM)  # by the handler that Ray sets while it starts
+
+
 @pytest.mark.parametrize(
     ("stage", "code", "says"),
     [
@@ -43,6 +47,7 @@ def stops(config: object) -> Outcome:
         (refuses_within_ray, 2, "raysyn fit: mask.png: too small"),
         (breaks, 1, "the same command resumes"),
         (stops, 0, "resumable"),
+        (stops_while_ray_starts, 0, "resumable"),
     ],
 )
 def test_exit_codes(stage, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
