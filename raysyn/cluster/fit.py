@@ -198,7 +198,8 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
                 if not remaining:
                     outcome["error"] = error
                     return
-                log.warning("Ray Train's controller died (%s); starting again from the last checkpoint", error)
+                why = str(error).splitlines()[0]
+                log.warning("Ray Train's controller died (%s); starting again from the last checkpoint", why)
             except BaseException as error:
                 outcome["error"] = error
                 return
