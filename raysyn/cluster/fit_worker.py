@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysyn.cluster.board import reporter
+from raysyn.cluster.board import relay_warnings, reporter
 from raysyn.cluster.fit import BAD_INPUT, STOP
 from raysyn.cluster.fit_build import Built, WorkerJob, build, compile_net
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
@@ -50,6 +50,8 @@ def fit_worker(job: WorkerJob) -> dict[str, Any]:
     in_foreground()
     torch.set_num_threads(job.config.workers.threads_per_worker)
     parallel, storage = _parallel(ray.train.get_context()), Storage.at(job.stage)
+    if parallel.rank == 0:
+        relay_warnings(job.title)
     if storage.exists(BAD_INPUT):
         return {"status": "bad_input", "message": storage.read_bytes(BAD_INPUT).decode()}
     try:
