@@ -7,6 +7,7 @@ and sha256. Learning rate and every random number are functions of the position:
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import threading
@@ -139,12 +140,13 @@ class CheckpointStore:
             self._error = error
 
     def _prune(self, newest: int, best: int | None) -> None:
-        steps = self.steps()
-        kept = [s for s in steps if s <= newest][-self.keep :]
-        for step in steps:
-            if step not in kept and step != best:
-                self.storage.remove(f"{folder_of(step)}/{MARK}")  # first: from here on it is no checkpoint
-                self.storage.remove_tree(folder_of(step))
+        """Leave the last `keep` and the best; what a killed writer never finished goes too."""
+        kept = {best, *[s for s in self.steps() if s <= newest][-self.keep :]}
+        for folder in sorted({name.partition("/")[0] for name in self.storage.list()}):
+            step = re.fullmatch(r"step-(\d+)", folder)
+            if step and int(step.group(1)) not in kept:
+                self.storage.remove(f"{folder}/{MARK}")  # first: from here on it is no checkpoint
+                self.storage.remove_tree(folder)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were written to the end, ascending."""
@@ -168,7 +170,7 @@ class CheckpointStore:
         from safetensors.torch import load
 
         folder = folder_of(step)
-        meta = self.storage.read_json(f"{folder}/{MARK}")
+        meta = self._mark(folder)
         if meta["key"] != self.key:
             where = self.storage.join(folder).uri
             raise UserError(
@@ -184,6 +186,15 @@ class CheckpointStore:
                 raise _Damaged(f"{name}.safetensors has {len(data)} bytes that are not those written")
             tensors[name] = load(data)
         return Checkpoint(step, tensors, meta)
+
+    def _mark(self, folder: str) -> dict[str, Any]:
+        try:
+            meta = json.loads(self.storage.read_bytes(f"{folder}/{MARK}"))
+        except ValueError as error:
+            raise _Damaged(f"{MARK} is not readable as JSON ({error})") from None
+        if not isinstance(meta, dict) or not {"key", "files", "progress"} <= set(meta):
+            raise _Damaged(f"{MARK} is not what was written")
+        return meta
 
 
 class _Damaged(Exception):

@@ -126,6 +126,19 @@ def test_several_writers_share_one_sqlite_database(storage: str) -> None:
         assert [m.value for m in history] == [i + step for step in range(1500)]
 
 
+def test_a_database_that_was_not_made_to_the_end_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill between MLflow's tables and their migrations: what is left would never open again."""
+    import mlflow.store.db.utils
+
+    def killed(engine: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlflow.store.db.utils, "_upgrade_db", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_client(tracking_uri(ON, str(tmp_path)))
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 @pytest.mark.slow
 def test_processes_that_make_the_database_at_once_agree(tmp_path: Path) -> None:
     uri = tracking_uri(ON, str(tmp_path))

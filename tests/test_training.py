@@ -225,7 +225,17 @@ def test_the_best_validation_gets_a_checkpoint_whatever_the_periods(tmp_path: Pa
     assert best[0] in store_at(tmp_path).steps()
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no_mark"])
+def test_what_a_killed_writer_left_unfinished_is_cleared_away(tmp_path: Path) -> None:
+    torn = tmp_path / folder_of(7) / "model.safetensors"
+    torn.parent.mkdir()
+    torn.write_bytes(b"half")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("not a checkpoint")
+    fitted(CONFIG, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", folder_of(15), folder_of(20)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no_mark", "cut_mark", "empty_mark", "other_mark"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     undisturbed = fitted(CONFIG, tmp_path)
     assert store_at(tmp_path).steps() == [15, 20]
@@ -237,6 +247,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif damage == "missing":
         file.unlink()
+    elif damage.endswith("_mark") and damage != "no_mark":
+        mark = tmp_path / folder_of(20) / "checkpoint.json"
+        mark.write_bytes({"cut": mark.read_bytes()[:-30], "empty": b"", "other": b"{}"}[damage.removesuffix("_mark")])
     else:
         (tmp_path / folder_of(20) / "checkpoint.json").unlink()
     newest = store_at(tmp_path).newest()

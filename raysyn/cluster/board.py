@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -17,6 +18,13 @@ class _Board:
 
     def __init__(self) -> None:
         self.said: dict[str, dict[str, Any]] = {}
+        self.warned: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+    def warnings(self, start: int) -> list[str]:
+        return self.warned[start:]
 
     def update(self, key: str, status: dict[str, Any]) -> None:
         self.said[key] = {**self.said.get(key, {}), **status, "time": time.time()}
@@ -33,6 +41,25 @@ def _board() -> Any:
         return ray.get_actor(BOARD, namespace="raysyn")
     except ValueError:
         return None
+
+
+class _Relay(logging.Handler):
+    def __init__(self, board: Any, key: str) -> None:
+        super().__init__(logging.WARNING)
+        self.board, self.key = board, key
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Exception):  # a warning must not stop what it warns of
+            self.board.warn.remote(f"{self.key}: {record.getMessage()}")
+
+
+def relay_warnings(key: str) -> None:
+    """Have the driver print this process's warnings, as those of `key`: a worker's own log is not seen."""
+    logger, board = logging.getLogger("raysyn"), _board()
+    for earlier in [h for h in logger.handlers if isinstance(h, _Relay)]:
+        logger.removeHandler(earlier)
+    if board is not None:
+        logger.addHandler(_Relay(board, key))
 
 
 def reporter(key: str, every_seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
@@ -90,7 +117,8 @@ def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[No
 
     `header` says which stage of how many; below it stands what is not complete and
     reported within the last minute, or hour if it told its end.
-    Inside another `watch` of the same session it does nothing: the outer one shows all.
+    Warnings that were relayed go to stderr. Inside another `watch` of the same session it does nothing: the outer one
+    shows all.
     """
     import ray
 
@@ -98,9 +126,16 @@ def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[No
         yield
         return
     board: Any = ray.remote(num_cpus=0)(_Board).options(name=BOARD, namespace="raysyn", get_if_exists=True).remote()
-    stop = threading.Event()
+    stop, told = threading.Event(), 0
+
+    def tell() -> None:
+        nonlocal told
+        for text in ray.get(board.warnings.remote(told), timeout=30):
+            told += 1
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def lines() -> list[str]:
+        tell()
         return _shown(ray.get(board.snapshot.remote(), timeout=30))
 
     def show_terminal() -> None:
@@ -128,4 +163,6 @@ def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[No
     finally:
         stop.set()
         thread.join(timeout=5)
+        with contextlib.suppress(ray.exceptions.RayError):
+            tell()
         ray.kill(board)

@@ -187,6 +187,7 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
     import ray
 
     outcome: dict[str, Any] = {}
+    leaving = threading.Event()  # asked to stop: Ray goes, and must not be started again for another attempt
     ended = threading.Event()  # not Thread.join: an exception that a signal raises within it marks the thread as ended
 
     def attempt() -> None:
@@ -195,10 +196,11 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
                 outcome["report"] = _trainer(config, stage, job, splits).fit().return_value
                 return
             except ray.exceptions.ActorDiedError as error:  # Ray Train's controller itself; nobody restarts that
-                if not remaining:
+                if not remaining or leaving.is_set():
                     outcome["error"] = error
                     return
-                log.warning("Ray Train's controller died (%s); starting again from the last checkpoint", error)
+                why = str(error).splitlines()[0]
+                log.warning("Ray Train's controller died (%s); starting again from the last checkpoint", why)
             except BaseException as error:
                 outcome["error"] = error
                 return
@@ -214,6 +216,7 @@ def _run_workers(config: FitJob, stage: StageDir, job: dict[str, Any], splits: t
         while not ended.wait(0.2):
             pass
     except (Resumable, KeyboardInterrupt):
+        leaving.set()
         # Ask the workers for a checkpoint and give them the grace period to write it.
         stage.storage.write_atomic(STOP, b"")
         ended.wait(GRACE_SECONDS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from raysyn.cluster import fit_data
 from raysyn.cluster.fit_latents import Encoded, load_moments, precompute_moments
@@ -17,10 +18,11 @@ from raysyn.data.storage import Storage
 from raysyn.models import build_denoiser, build_vae
 from raysyn.nets.codecs import Codec, LatentCodec, PixelCodec
 from raysyn.nets.gamma_vae import GammaVAE
+from raysyn.pipeline import weights_sha256
 from raysyn.training import Parallel
 from raysyn.training_batches import FrameSource, torch_seed
 from raysyn.training_objectives import AutoencoderObjective, DiffusionObjective
-from raysyn.types import FrameArrays
+from raysyn.types import FrameArrays, UserError
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,23 @@ def _diffusion(
 
 
 def load_autoencoder(model_dir: str) -> GammaVAE:
-    """The autoencoder in the model folder (path or URI) of a finished `fit_autoencoder` stage, not to be trained."""
+    """The autoencoder in the model folder (path or URI) of a finished `fit_autoencoder` stage, not to be trained.
+
+    Raises UserError when it is missing or damaged.
+    """
     storage = Storage.at(model_dir)
+    again = f"remove {storage.parent.uri} and run again: it is fitted anew"
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers warns about its own loading defaults
         if not storage.is_local:
             storage.download_tree(folder)
         place = Path(storage.path if storage.is_local else folder)
-        vae: GammaVAE = GammaVAE.from_pretrained(place, low_cpu_mem_usage=False)
+        try:
+            vae: GammaVAE = GammaVAE.from_pretrained(place, low_cpu_mem_usage=False)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"{storage.uri}: the autoencoder cannot be read ({why}); {again}") from None
+        manifest = storage.parent.read_json("manifest.json") if storage.parent.exists("manifest.json") else {}
+        if manifest.get("checkpoint_sha256", digest := weights_sha256(place)) != digest:
+            raise UserError(f"{storage.uri}: the autoencoder's weights are not those that were written; {again}")
         return vae.eval().requires_grad_(False)

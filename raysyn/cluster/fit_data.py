@@ -11,7 +11,7 @@ from raysyn.data.frames import decode_png, frame_files, open_shard, read_arrays
 from raysyn.data.storage import Storage
 from raysyn.types import VIEWS, FrameArrays, UserError
 
-COLUMNS = ["frame_id", "image", "label_map", "view"]
+COLUMNS = ["frame_id", "patient_id", "image", "label_map", "view"]
 
 
 def resident_bytes(uri: str, split: str, image_size: int) -> int:
@@ -36,7 +36,7 @@ def check_resident(size: int, workers: WorkersConfig, what: str) -> None:
 
 
 def frame_dataset(uri: str, split: str) -> Any:
-    """A `ray.data.Dataset` of one split: frame_id, view (index into VIEWS), image and label_map uint8 [H, W]."""
+    """A `ray.data.Dataset` of one split: frame_id, patient_id, view (index into VIEWS), image, label_map uint8 [H, W]."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -54,7 +54,7 @@ def _decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for key in ("image", "label_map")
     }
     view = np.array([VIEWS.index(v) for v in batch["view"]], dtype=np.uint8)
-    return {"frame_id": batch["frame_id"], "view": view, **pictures}
+    return {"frame_id": batch["frame_id"], "patient_id": batch["patient_id"], "view": view, **pictures}
 
 
 def collect(blocks: Any) -> FrameArrays:
@@ -71,7 +71,7 @@ def collect(blocks: Any) -> FrameArrays:
         phase=np.zeros(n, dtype=np.uint8),
         spacing_mm=np.full((n, 2), np.nan, dtype=np.float32),
         frame_id=[str(v) for v in columns["frame_id"]],
-        patient_id=[""] * n,
+        patient_id=[str(v) for v in columns["patient_id"]],
         mask_frame_id=[""] * n,
         source=[""] * n,
     )

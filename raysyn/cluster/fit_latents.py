@@ -58,12 +58,21 @@ def load_moments(place: Storage, sets: Mapping[str, Encoded], workers: WorkersCo
     for split, encoded in sets.items():
         parts = []
         for copy in range(encoded.copies):
-            table = pq.read_table(pa.BufferReader(place.read_bytes(shard_name(split, copy))))
+            table = _read(place, shard_name(split, copy))
             part = table_to_moments(table, encoded.frame_id, PARAMETERS[_kind(vae)], f"{place.uri}/{split}")
             check_resident(part.nbytes * encoded.copies, workers, "the latents (model.fit.latents=on_the_fly has none)")
             parts.append(part)
         arrays[split] = np.stack(parts)
     return Moments(arrays["train"], arrays.get("validation", arrays["train"][:, :0]))
+
+
+def _read(place: Storage, name: str) -> pa.Table:
+    data = place.read_bytes(name)
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{place.locate(name)}: damaged ({why}); remove it and run again: it is made anew") from None
 
 
 def moments_to_bytes(moments: np.ndarray, frame_id: list[str], copy: int, names: tuple[str, str]) -> bytes:

@@ -18,12 +18,11 @@ from raysyn.types import FrameArrays
 NUM_PICTURES = 8
 
 
-def sample_grid(
-    denoiser: Denoiser, codec: Codec, model: ModelConfig, frames: FrameArrays, device: torch.device
-) -> np.ndarray:
+def sample_grid(denoiser: Denoiser, codec: Codec, model: ModelConfig, frames: FrameArrays) -> np.ndarray:
     """RGB uint8 [2H, nW, 3]: label maps of held-out frames, below them an image drawn for each, always of one seed."""
     chosen = frames.take(spread(len(frames)))
-    fitted = FittedModel(denoiser, codec, model, chosen.image_u8.shape[1], "").to(device)
+    # Not `.to(device)`: that lays the weights out for sampling, and steps from another layout round otherwise.
+    fitted = FittedModel(denoiser, codec, model, chosen.image_u8.shape[1], "")
     images = synthesize_images(fitted, chosen.label_map, chosen.view, list(range(len(chosen))), amp=model.fit.amp)
     return stacked([coloured(chosen.label_map), images])
 

@@ -44,8 +44,8 @@ def describe(entry: dict[str, Any]) -> str:
 def probe(config: FitJob, what: str) -> dict[str, Any]:
     """Runs on a worker: a few steps of one worker's share on made-up frames.
 
-    Seconds a step leave out what workers lose by exchanging gradients; memory is the parameters' and optimizer's, plus
-    the peak of a micro-batch (measured on a GPU, and on a CPU the growth of the process).
+    Seconds a step leave out what workers lose by exchanging gradients; memory is that of weights, average, gradient and
+    optimizer, plus the peak of a micro-batch (measured on a GPU, and on a CPU the growth of the process).
     """
     import torch
 
@@ -73,7 +73,8 @@ def probe(config: FitJob, what: str) -> dict[str, Any]:
         "hours": hours,
         "usd": hours * price,
         "num_workers": workers,
-        "memory_gb": (16 * parameters + max(_memory(device) - before, 0)) / 2**30,  # weights, gradient, Adam's two
+        # weights and their average; the gradient and Adam's two came with the steps, with what a micro-batch needs
+        "memory_gb": (8 * parameters + max(_memory(device) - before, 12 * parameters)) / 2**30,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
 

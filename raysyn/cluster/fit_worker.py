@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysyn.cluster.board import reporter
+from raysyn.cluster.board import relay_warnings, reporter
 from raysyn.cluster.fit import BAD_INPUT, STOP
 from raysyn.cluster.fit_build import Built, WorkerJob, build, compile_net
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
@@ -50,6 +50,8 @@ def fit_worker(job: WorkerJob) -> dict[str, Any]:
     in_foreground()
     torch.set_num_threads(job.config.workers.threads_per_worker)
     parallel, storage = _parallel(ray.train.get_context()), Storage.at(job.stage)
+    if parallel.rank == 0:
+        relay_warnings(job.title)
     if storage.exists(BAD_INPUT):
         return {"status": "bad_input", "message": storage.read_bytes(BAD_INPUT).decode()}
     try:
@@ -60,7 +62,9 @@ def fit_worker(job: WorkerJob) -> dict[str, Any]:
             raise
         return {"status": "bad_input", "message": str(error)}
     except Diverged as error:
-        return {"status": "diverged", "message": str(error)}
+        part = "model.vae.fit" if job.what == "autoencoder" else "model.fit"
+        advice = f"try a lower {part}.lr, {part}.grad_clip=1 or {part}.spike_factor=10 (goes back and draws anew)"
+        return {"status": "diverged", "message": f"{error}; {advice}"}
 
 
 def _parallel(context: Any) -> Parallel:
@@ -69,8 +73,9 @@ def _parallel(context: Any) -> Parallel:
     if torch.cuda.is_available():
         from ray.train.torch import get_device
 
-        device = get_device()
-        torch.cuda.set_device(device)
+        device = get_device()  # the CPU where workers.gpus_per_worker is 0, GPU or not
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     return parallel_of(context.get_world_rank(), context.get_world_size(), device)
 
 
@@ -188,11 +193,11 @@ class _Outside:
         count("raysyn_fit_images", self.job.title, self.job.fit.global_batch)
 
     def _sample(self, step: int) -> None:
-        frames, device = self.built.validation or self.built.train, self.parallel.device
+        frames = self.built.validation or self.built.train
         if self.job.what == "autoencoder":
-            picture = reconstruction_grid(self.built.codec, frames, device)
+            picture = reconstruction_grid(self.built.codec, frames, self.parallel.device)
         else:
-            picture = sample_grid(self.built.denoiser, self.built.codec, self.job.config.model, frames, device)
+            picture = sample_grid(self.built.denoiser, self.built.codec, self.job.config.model, frames)
         self.storage.write_atomic(f"samples/step-{step:09d}.png", png(picture))
         self.tracker.log_image("samples", picture, step)
 

@@ -90,7 +90,22 @@ def open_client(uri: str) -> Any:
     # MLflow's own lock lets a second process in between the tables and their migrations, where it fails.
     with _lock_file(uri).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _make_database(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(uri: str) -> None:
+    """A new sqlite file appears with all of MLflow's tables: killed while it makes them, it cannot open what is left."""
+    database = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or database.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    temporary = database.with_name(f".tmp-{database.name}")  # what a killed process left goes first: its lock is ours
+    for leftover in database.parent.glob(f"{temporary.name}*"):
+        leftover.unlink()
+    SqlAlchemyStore(f"sqlite:///{temporary}", "./mlruns").engine.dispose()
+    os.replace(temporary, database)
 
 
 def _lock_file(uri: str) -> Path:

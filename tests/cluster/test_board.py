@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import pytest
 
-from raysyn.cluster.board import _shown, reporter, watch
+from raysyn.cluster.board import _shown, relay_warnings, reporter, watch
 from raysyn.cluster.session import ray_session
 from raysyn.config import RayConfig
 
@@ -46,3 +47,8 @@ def test_a_log_gets_lines_from_whoever_reports(capsys: pytest.CaptureFixture) ->
             report({"done": 3, "total": 4, "unit": "patients"})
             time.sleep(0.3)
             said += capsys.readouterr().out
+        relay_warnings("fit edm")
+        logging.getLogger("raysyn.tracking").warning("the server is away")
+        time.sleep(0.3)
+    logging.getLogger("raysyn").handlers.clear()
+    assert capsys.readouterr().err.count("warning: fit edm: the server is away\n") == 1

@@ -182,6 +182,9 @@ def test_ray_data_reads_what_a_direct_read_gives(storage: Path) -> None:
     uri = frames_uri(prepare(prepare_job(job(storage, "model=edm"))))
     by_ray, direct = collect(frame_dataset(uri, "train")), read_directly(uri, "train")
     assert by_ray.frame_id == direct.frame_id == sorted(direct.frame_id)
+    assert by_ray.patient_id == direct.patient_id, (
+        "a model says on whom it was fitted, so that no task is tested on them"
+    )
     for key in ("image_u8", "label_map", "view"):
         assert np.array_equal(getattr(by_ray, key), getattr(direct, key))
     assert in_order(direct.take(np.arange(12)[::-1])).frame_id == direct.frame_id
@@ -210,6 +213,23 @@ def test_sizes_and_workers_are_checked_before_any_work(tmp_path: Path) -> None:
         check(job(tmp_path, "model=edm", "workers.num_workers=5"))
     with pytest.raises(UserError, match=r"workers\.min_workers: 3 is above num_workers 2"):
         check(job(tmp_path, "model=edm", "workers.num_workers=2", "workers.min_workers=3"))
+
+
+def test_damaged_latents_are_told_by_name(tmp_path: Path) -> None:
+    from raysyn.cluster.fit_latents import Encoded, load_moments, moments_to_bytes
+    from raysyn.config import WorkersConfig
+    from raysyn.models import build_vae
+    from raysyn.training_batches import FrameSource
+
+    pictures = np.zeros((2, 8, 8), np.uint8)
+    sets = {"train": Encoded(FrameSource(pictures, pictures, np.zeros(2, np.uint8), 0), ["a", "b"])}
+    whole = moments_to_bytes(np.ones((2, 2, 1, 4, 4), np.float32), ["a", "b"], 0, ("shape", "rate"))
+    place, vae = Storage.at(tmp_path), build_vae(job(tmp_path, "model=edm_l128", *LATENT).model)
+    place.write_atomic("train/copy-000.parquet", whole)
+    assert load_moments(place, sets, WorkersConfig(), vae).train.shape == (1, 2, 2, 1, 4, 4)
+    place.write_atomic("train/copy-000.parquet", whole[:-9])
+    with pytest.raises(UserError, match=r"train/copy-000\.parquet: damaged \(.*remove it and run again"):
+        load_moments(place, sets, WorkersConfig(), vae)
 
 
 def test_the_fingerprint_follows_what_decides_the_result(tmp_path: Path) -> None:
