@@ -26,6 +26,7 @@ from raysyn.config import AugmentConfig
 from raysyn.labels import STRUCTURES
 from raysyn.types import FrameArrays, UserError
 
+CPU = torch.device("cpu")
 ORDER, WARP, NOISE, SIGMA, DROP, POSTERIOR, COPY = range(7)  # streams of random numbers, one a purpose
 
 T = TypeVar("T")
@@ -128,6 +129,11 @@ def warp_pair(image_u8: Tensor, label_map: Tensor, matrices: Tensor) -> tuple[Te
 # --- what a step is computed from ---------------------------------------------------------------------------------
 
 
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`; from pinned memory, so that the copy overlaps with computing."""
+    return value if value.device.type == device.type else value.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass
 class Batch:
     """One micro-batch, on the CPU or on a device. Entries that an objective does not use are None.
@@ -152,14 +158,9 @@ class Batch:
         return len(self.positions)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`; from pinned memory the copies overlap with computing."""
-        if device.type == "cpu":
-            return self
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for key, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[key] = value.pin_memory().to(device, non_blocking=True)
-        return replace(self, **moved)
+        """The same on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: _moved(v, device) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass
@@ -167,7 +168,8 @@ class FrameSource:
     """Frames in memory and the warp of each position. `image_u8`, `label_map` uint8 [N, H, W]; `view` uint8 [N].
 
     With `copies` K > 0 there are K fixed warps of each frame instead (copy 0 is the frame itself), and epoch e visits
-    copy (e + frame) mod K: what latents encoded beforehand are made from.
+    copy (e + frame) mod K: what latents encoded beforehand are made from. Frames go to `device` as 8-bit grey levels
+    and are warped there.
     """
 
     image_u8: np.ndarray
@@ -176,12 +178,19 @@ class FrameSource:
     seed: int
     augment: AugmentConfig | None = None
     copies: int = 0
+    device: torch.device = CPU
 
     @staticmethod
-    def of(frames: FrameArrays, seed: int, augment: AugmentConfig | None = None, copies: int = 0) -> FrameSource:
+    def of(
+        frames: FrameArrays,
+        seed: int,
+        augment: AugmentConfig | None = None,
+        copies: int = 0,
+        device: torch.device = CPU,
+    ) -> FrameSource:
         """A source of all frames; no augmentation when `augment` changes nothing."""
         chosen = None if augment is None or is_identity(augment) else augment
-        return FrameSource(frames.image_u8, frames.label_map, frames.view, seed, chosen, copies)
+        return FrameSource(frames.image_u8, frames.label_map, frames.view, seed, chosen, copies, device)
 
     def __len__(self) -> int:
         return len(self.image_u8)
@@ -211,12 +220,12 @@ class FrameSource:
         return self._warped(frame, matrices)
 
     def _warped(self, frame: np.ndarray, matrices: Tensor | None) -> tuple[Tensor, Tensor]:
-        image, labels = torch.from_numpy(self.image_u8[frame]), torch.from_numpy(self.label_map[frame])
+        arrays = self.image_u8[frame], self.label_map[frame], self.view[frame].astype(np.uint8)
+        image, labels, view = (_moved(torch.from_numpy(array), self.device) for array in arrays)
         if matrices is None:
             image_01 = image[:, None].float() / 255 * (labels != 0)[:, None]
         else:
-            image_01, labels = warp_pair(image, labels, matrices)
-        view = torch.from_numpy(self.view[frame].astype(np.uint8))
+            image_01, labels = warp_pair(image, labels, _moved(matrices, self.device))
         return image_01, labels + len(STRUCTURES) * view[:, None, None]
 
 

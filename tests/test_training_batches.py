@@ -10,6 +10,7 @@ from raysyn.config import AugmentConfig
 from raysyn.training_batches import (
     NOISE,
     WARP,
+    Batch,
     FrameSource,
     Prefetcher,
     epoch_order,
@@ -159,6 +160,20 @@ def test_copies_are_fixed_and_the_first_is_the_frame_itself() -> None:
         assert torch.equal(index[chosen], index_again[chosen])
     plain, _ = source.copied(np.arange(10), np.zeros(10, dtype=np.int64))
     assert torch.allclose(plain, make_source().copied(np.arange(10), np.zeros(10, dtype=np.int64))[0], atol=1e-5)
+
+
+def test_frames_go_to_the_device_as_grey_levels_and_are_warped_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is a mock: torch's meta tensors, which know their shapes and types alone."""
+    meta, copied = torch.device("meta"), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copied.append(tensor.dtype) or tensor)
+    image, index, _ = make_source(augment=AugmentConfig(), device=meta).pairs(np.arange(4), seed=0)
+    assert copied == [torch.uint8] * 3 + [torch.float32]  # the last: six numbers an image, its warp
+    assert (image.device, image.dtype, tuple(image.shape)) == (meta, torch.float32, (4, 1, 16, 16))
+    assert (index.device, index.dtype) == (meta, torch.uint8)
+    batch = Batch(positions=torch.arange(4), index=index, image_01=image).to(meta)
+    assert len(copied) == 5, "what is there already stays"
+    assert batch.positions.device == meta
+    assert batch.image_01 is image
 
 
 def test_prefetcher_keeps_order_and_ends() -> None:

@@ -101,7 +101,7 @@ def _autoencoder(
 ) -> tuple[AutoencoderObjective, Codec]:
     model = job.config.model
     vae = build_vae(model).to(parallel.device)
-    source = FrameSource.of(train, job.fit.seed, job.fit.augment)
+    source = FrameSource.of(train, job.fit.seed, job.fit.augment, device=parallel.device)
     return AutoencoderObjective(vae, model.vae, source, _held_out(job, validation), parallel.device), LatentCodec(vae)
 
 
@@ -113,12 +113,14 @@ def _diffusion(
     held_out = _held_out(job, validation)
     if model.space == "pixel":
         pixels = PixelCodec()
-        source = FrameSource.of(train, config.seed, config.augment)
+        source = FrameSource.of(train, config.seed, config.augment, device=parallel.device)
         shape = pixels.shape(size)
         return DiffusionObjective(denoiser, source, held_out, shape, config, model.label_dropout), pixels
     codec = LatentCodec(load_autoencoder(job.autoencoder).to(parallel.device))
     copies = config.latent_copies if config.latents == "precomputed" else 0
-    source = FrameSource.of(train, config.seed, config.augment, copies)
+    # Of latents encoded beforehand only the maps are asked for again, beside posteriors that are on the CPU.
+    device = torch.device("cpu") if copies else parallel.device
+    source = FrameSource.of(train, config.seed, config.augment, copies, device)
     moments = None
     if copies:
         sets = {"train": Encoded(source, train.frame_id, copies)}
