@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raysyn.cluster.board import reporter
 from raysyn.cluster.metrics_export import count_if_replaced, count_shard
-from raysyn.config import SynthesizeConfig
+from raysyn.config import SamplerConfig, SynthesizeConfig
 from raysyn.data.frames import decode_png, frame_files, frames_to_table, open_shard, read_light, table_to_bytes
 from raysyn.data.masks import warp_label_map
 from raysyn.data.requests import Request, RequestPlan, Shard, synthetic_frame_id
@@ -29,6 +29,7 @@ SUMMED = tuple(f"{part}{unit}" for part in ("", "decode_", "rejected_") for unit
 RECORD = {"name", "rows", "bytes", "sha256", "seconds", *SUMMED, "attempts", "below_min_faithfulness", "energy_joules"}
 RECORD |= {"peak_memory_mb", "peak_gpu_memory_mb"}  # what the manifest is made from
 CPU_BATCH = 32  # benchmarks/README.md
+BATCH_SIZE = "batch_size"  # file in the data set's folder, where the config leaves it open and GPUs draw
 LOOK_UPS = 32  # at once, of shards in an object store: each is a round trip
 
 
@@ -73,7 +74,6 @@ class ModelSampler:
         import torch
 
         from raysyn.cluster.model_store import open_model
-        from raysyn.config import SamplerConfig
         from raysyn.diffusion.batching import keep_freed_memory
 
         torch.set_num_threads(spec.threads)
@@ -81,34 +81,48 @@ class ModelSampler:
         self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
         self.sampler = SamplerConfig(**spec.settings["sampler"])
         self.config, self.decoding = spec.config, Cost()
-        self.batch_size = spec.config.batch_size or self._fitting()
+        self.batch_size = spec.config.batch_size or self._fitting(Storage.at(spec.output))
         if spec.config.compile:
             self.model.fix_shapes(spec.config.amp)
         self.decoding = Cost()  # without the probe's
 
-    def _fitting(self) -> int:
-        """The largest batch that the GPU holds, of at most a shard; 32 on a CPU, where larger ones gain nothing."""
+    def _fitting(self, storage: Storage) -> int:
+        """The largest batch that the GPU holds, of at most a shard; 32 on a CPU, where larger ones gain nothing.
+
+        The first worker's finding is kept in the data set's folder: sums of floats may depend on it, so a set is
+        finished in the batches that it was begun with.
+        """
         from raysyn.diffusion.batching import probe_batch
 
         if not _on_gpu():
             return min(CPU_BATCH, self.config.shard_size)
-        size = self.model.image_size
+        if storage.exists(BATCH_SIZE):
+            return int(storage.read_bytes(BATCH_SIZE))
+        size, most = self.model.image_size, self.config.shard_size
+        brief = dataclasses.replace(self.sampler, num_steps=min(self.sampler.num_steps, 2))
         # No two places of such a map are alike, so that tables of neighbourhoods save nothing.
-        label_map = np.random.default_rng(0).integers(0, 5, (self.config.shard_size, size, size), dtype=np.uint8)
-        view = np.zeros(self.config.shard_size, np.uint8)
-        return probe_batch(lambda n: self._draw(label_map[:n], view[:n], list(range(n))), limit=self.config.shard_size)
+        label_map, view = (
+            np.random.default_rng(0).integers(0, 5, (most, size, size), np.uint8),
+            np.zeros(most, np.uint8),
+        )
+        found = probe_batch(lambda n: self._draw(label_map[:n], view[:n], list(range(n)), brief), limit=most)
+        storage.write_atomic(BATCH_SIZE, str(found).encode())
+        return found
 
     def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
         """Images uint8 [B, H, W]; raises torch.OutOfMemoryError when not even one image fits."""
         from raysyn.diffusion.batching import in_halves
 
-        return np.concatenate(in_halves(lambda part: self._draw(label_map[part], view[part], seeds[part]), len(seeds)))
+        def draw(part: slice) -> np.ndarray:
+            return self._draw(label_map[part], view[part], seeds[part], self.sampler)
 
-    def _draw(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
+        return np.concatenate(in_halves(draw, len(seeds)))
+
+    def _draw(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int], sampler: SamplerConfig) -> np.ndarray:
         from raysyn.pipeline import decode_images, sample_latents
 
         amp, budget = self.config.amp, self.config.modulation_cache_bytes
-        x = sample_latents(self.model, label_map, view, seeds, self.sampler, amp=amp, modulation_cache_bytes=budget)
+        x = sample_latents(self.model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
         with measured(_on_gpu()) as cost:
             images = decode_images(self.model, x, label_map)
         self.decoding += cost

@@ -24,7 +24,7 @@ class Model:
         self.fixed = amp
 
 
-def made(monkeypatch, **options) -> tuple[ModelSampler, Model, list[int]]:
+def made(monkeypatch, output="", **options) -> tuple[ModelSampler, Model, list[int]]:
     """A sampler whose device holds 3 images, its model, and the sizes of the batches that it was asked for."""
     model, batches = Model(), []
 
@@ -42,7 +42,8 @@ def made(monkeypatch, **options) -> tuple[ModelSampler, Model, list[int]]:
     monkeypatch.setattr("raysyn.pipeline.sample_latents", draw)
     monkeypatch.setattr("raysyn.pipeline.decode_images", decode)
     settings = {"sampler": dataclasses.asdict(SamplerConfig())}
-    spec = SimpleNamespace(threads=1, model_dir="", config=SynthesizeConfig(**options), settings=settings)
+    config = SynthesizeConfig(**options)
+    spec = SimpleNamespace(threads=1, model_dir="", config=config, settings=settings, output=str(output))
     return ModelSampler(spec), model, batches
 
 
@@ -55,11 +56,13 @@ def test_a_batch_that_does_not_fit_is_drawn_in_halves(monkeypatch) -> None:
     assert sampler.decoding.wall_seconds > 0
 
 
-def test_a_batch_of_open_size_is_what_the_gpu_holds(monkeypatch) -> None:
-    assert made(monkeypatch, batch_size=0)[0].batch_size == 32
-    assert made(monkeypatch, batch_size=0, shard_size=6)[0].batch_size == 6
+def test_a_batch_of_open_size_is_what_the_first_workers_gpu_holds(monkeypatch, tmp_path) -> None:
+    assert made(monkeypatch, tmp_path, batch_size=0)[0].batch_size == 32
+    assert made(monkeypatch, tmp_path, batch_size=0, shard_size=6)[0].batch_size == 6
     monkeypatch.setattr("raysyn.cluster.sampler_actor._on_gpu", lambda: True)
     monkeypatch.setattr("raysyn.cluster.sampler_actor.measured", lambda on_gpu: nullcontext(Cost()))
-    sampler, _, batches = made(monkeypatch, batch_size=0)
+    sampler, _, batches = made(monkeypatch, tmp_path, batch_size=0)
     assert (sampler.batch_size, batches) == (2, [8, 4, 2])
     assert sampler.decoding == Cost()
+    sampler, _, batches = made(monkeypatch, tmp_path, batch_size=0)
+    assert (sampler.batch_size, batches) == (2, []), "a set is finished in the batches that it was begun with"
