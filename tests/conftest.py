@@ -5,6 +5,8 @@ the rest in the other, which yields to it.
 """
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -37,3 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ and not _starts_servers(item) and os.nice(0) == 0:
         os.nice(10)
+
+
+@pytest.fixture
+def open_tmp_path(tmp_path: Path) -> Path:
+    """`tmp_path`, which every user may reach and read; what pytest makes is its owner's alone."""
+    folder = tmp_path
+    while folder != Path(tempfile.gettempdir()).resolve() and folder != folder.parent:
+        folder.chmod(0o755)
+        folder = folder.parent
+    return tmp_path

@@ -1,7 +1,6 @@
 import errno
 import gzip
 import os
-import tempfile
 from pathlib import Path
 
 import nibabel
@@ -300,16 +299,9 @@ def test_no_permission(nifti: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read_all(nifti, "skip")[1]) == 15
 
 
-def open_to_all(folder: Path) -> None:
-    """Let every user reach `folder`; what pytest makes is its owner's alone."""
-    while folder != Path(tempfile.gettempdir()):
-        folder.chmod(0o755)
-        folder = folder.parent
-
-
 @pytest.mark.skipif(os.getuid() != 0, reason="drops root's rights")
-def test_no_permission_for_real(nifti: Path) -> None:
-    open_to_all(nifti)
+def test_no_permission_for_real(open_tmp_path: Path, nifti: Path) -> None:
+    nifti.chmod(0o755)
     (nifti / "database_nifti" / "patient0002").chmod(0o700)
     child = os.fork()
     if child == 0:
@@ -335,8 +327,8 @@ def test_a_loop_of_links_is_named(nifti: Path) -> None:
 @pytest.mark.parametrize(
     "closed", ["", "database_split/subgroup_testing.txt", "database_nifti/patient0002/Info_2CH.cfg"]
 )
-def test_no_permission_above_and_beside_the_pictures(nifti: Path, closed: str) -> None:
-    open_to_all(nifti)
+def test_no_permission_above_and_beside_the_pictures(open_tmp_path: Path, nifti: Path, closed: str) -> None:
+    nifti.chmod(0o755)
     (nifti / closed).chmod(0o600)
     child = os.fork()
     if child == 0:

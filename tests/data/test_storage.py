@@ -163,9 +163,8 @@ def outcome_of(name: str, *args):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="drops root's rights")
-def test_no_permission_for_real(tmp_path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+def test_no_permission_for_real(open_tmp_path) -> None:
+    tmp_path = open_tmp_path
     storage = Storage.at(tmp_path)
     storage.write_atomic("a.bin", b"secret")
     (tmp_path / "a.bin").chmod(0o600)
