@@ -30,6 +30,7 @@ def _starts_servers(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(name) for name in STARTS_SERVERS)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _starts_servers(item):
