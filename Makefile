@@ -24,7 +24,7 @@ demo: env
 	@$(BIN)/python jobs/compare.py scale=demo
 
 test: env
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 test-quick: env
 	@$(BIN)/python -m pytest -m "not cluster and not e2e and not browser and not s3 and not postgres and not slow"

@@ -4,9 +4,11 @@
 the rest in the other, which yields to it.
 """
 
+import functools
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -24,21 +26,30 @@ secure()
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 STARTS_SERVERS = ("cluster", "e2e", "browser", "s3", "postgres")
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def _starts_servers(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in STARTS_SERVERS)
+@functools.cache
+def _starts_servers(file: str) -> bool:
+    """Whether some test of this file has such a mark."""
+    text = (ROOT / file).read_text()
+    return any(f"mark.{name}" in text for name in STARTS_SERVERS)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if _starts_servers(item):
-            item.add_marker(pytest.mark.xdist_group("servers"))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneForServers(LoadScopeScheduling):
+        """All files that start servers are one piece of work, every other test is one of its own."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return "servers" if _starts_servers(nodeid.partition("::")[0]) else nodeid
+
+    return OneForServers(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ and not _starts_servers(item) and os.nice(0) == 0:
+    if "PYTEST_XDIST_WORKER" in os.environ and not _starts_servers(item.nodeid.partition("::")[0]) and os.nice(0) == 0:
         os.nice(10)
 
 
