@@ -402,6 +402,8 @@ class RayConfig:
 
     def __post_init__(self) -> None:
         _within(self, num_cpus=(1, 1e5), object_store_mb=(75, 1e9))  # Ray takes no less
+        if self.address not in ("", "auto") and not self.address.rpartition(":")[2].isdigit():
+            raise UserError(f"address: {self.address!r} is neither host:port, ray://host:port nor auto")
 
 
 @dataclass
@@ -434,6 +436,14 @@ class TrackingConfig:
     enabled: bool = True
     uri: str = ""
     experiment: str = "raysyn"
+
+    def __post_init__(self) -> None:
+        known = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+        if self.uri and self.uri.partition("://")[0].partition("+")[0] not in known:
+            raise UserError(
+                f"uri: {self.uri!r} is no address of an MLflow server or database; "
+                "give http://host:5000, sqlite:////folder/mlflow.db or postgresql://..."
+            )
 
 
 @dataclass

@@ -88,6 +88,8 @@ def test_all_models_at_once_have_a_folder_of_their_own() -> None:
         ("fit", "model.net.channel_multipliers=[1,0]", r"model\.net\.channel_multipliers: 0 is outside"),
         ("fit", "model.vae.weight_image=-1", r"model\.vae\.weight_image: -1.0 is outside"),
         ("fit", "model.sampler.s_noise=nan", r"model\.sampler\.s_noise: nan is outside"),
+        ("fit", "tracking.uri=foo", r"tracking\.uri: 'foo' is no address"),
+        ("fit", "ray.address=foo", r"ray\.address: 'foo' is neither host:port"),
         ("fit", "ray.num_cpus=0", r"ray\.num_cpus: 0 is outside"),
         ("fit", "ray.object_store_mb=-5", r"ray\.object_store_mb: -5 is outside"),
         ("fit", "cost.usd_per_gpu_hour=-1", r"cost\.usd_per_gpu_hour: -1.0 is outside"),

@@ -223,14 +223,16 @@ def check_extractors(extractors: list[str]) -> None:
 
 
 def check_rows(config: CompareJob) -> None:
-    """Raise UserError for a model or a task's net that cannot work at this size, before any work."""
+    """Raise UserError for a model, a task's net or a search that cannot work, before any work."""
     from raysyn.cluster.fit import check
+    from raysyn.cluster.tune import check_search
     from raysyn.tasks.nets import check_net
 
     for model in config.models:
         check(_job(FitJob, config, model=model))
     for kind in TASKS:
         check_net(getattr(config, kind), config.data.image_size)
+    check_search(_job(TuneJob, config, task=config.segmentation, search=config.search))
 
 
 def compare(config: CompareJob) -> Outcome:

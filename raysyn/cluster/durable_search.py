@@ -1,4 +1,4 @@
-"""Ray Tune's Optuna search, made to agree with a study that knows more than Ray Tune's last snapshot.
+"""Ray Tune's Optuna search, made to agree with a study that knows more than Ray Tune's last snapshot, wherever that lies.
 
 Optuna's database is written at each event, Ray Tune's own state every second or so. After kill -9 a restored search may
 meet a trial again that the study has as finished; the plain class then fails on its next report.
@@ -6,13 +6,22 @@ meet a trial again that the study has as finished; the plain class then fails on
 
 from __future__ import annotations
 
+import sqlite3
+import tempfile
 import time
 import warnings
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from raysyn.data.storage import Storage
 from raysyn.types import UserError
+
+STUDY = "optuna.db"
 
 ATTEMPTS = 5  # at a database whose tables another search may be making at this moment
 
@@ -49,8 +58,47 @@ def _without_password(url: str) -> str:
         return "that URL"
 
 
+@dataclass(frozen=True)
+class StudyCopy:
+    """A study's sqlite database in an object store: a file on this machine, put there whole after each event."""
+
+    uri: str
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The file here, the same on every machine that goes on with the search."""
+        return Path(tempfile.gettempdir()) / f"raysyn-{self.name}-{STUDY}"
+
+    def fetch(self) -> str:
+        """Bring what the store has, and nothing older, here; returns the file's URL."""
+        self.path.unlink(missing_ok=True)
+        if (storage := Storage.at(self.uri)).exists(STUDY):
+            self.path.write_bytes(storage.read_bytes(STUDY))
+        return f"sqlite:///{self.path}"
+
+    def keep(self) -> None:
+        """Put the file as it is now into the store."""
+        with closing(sqlite3.connect(self.path)) as database:
+            Storage.at(self.uri).write_atomic(STUDY, database.serialize())
+
+
 class DurableOptunaSearch(OptunaSearch):
-    """OptunaSearch that leaves trials alone which its study has as finished."""
+    """OptunaSearch that leaves trials alone which its study has as finished, and has `copy` keep each of its events.
+
+    The store is never behind what Ray Tune's snapshots know, as these are taken after an event is handled.
+    """
+
+    def __init__(self, *, copy: StudyCopy | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._copy = copy
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial's values."""
+        suggested = super().suggest(trial_id)
+        if self._copy is not None and suggested not in (None, Searcher.FINISHED):
+            self._copy.keep()
+        return suggested
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass an intermediate result on, unless the study has this trial's end already."""
@@ -63,6 +111,8 @@ class DurableOptunaSearch(OptunaSearch):
             self._completed_trials.add(trial_id)
         else:
             super().on_trial_complete(trial_id, result, error)
+        if self._copy is not None:
+            self._copy.keep()
 
     def _ended(self, trial_id: str) -> bool:
         trial = self._ot_trials.get(trial_id)

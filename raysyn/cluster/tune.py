@@ -53,8 +53,7 @@ def tune(config: TuneJob) -> Outcome:
     if config.plan_only:
         raise UserError("plan_only: a search has no plan; jobs/fit.py and jobs/synthesize.py have one")
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
-    space = check_space(config.search.space or DEFAULT_SPACE, config)
-    _check_study(config)
+    space = check_search(config)
     prepare_fingerprint(config)  # input that is not there is refused before Ray starts
     with ray_session(config.ray, config.workers):
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
@@ -72,6 +71,15 @@ def tune(config: TuneJob) -> Outcome:
             load_sets([uri], real, config.task)
         with watch(lambda: f"tune {config.task.kind}"):
             return stage.finish(search(config, stage, space, sets, real))
+
+
+def check_search(config: TuneJob) -> dict[str, Any]:
+    """The search's space, checked. Raises UserError for it, or for a study that cannot be opened, before any work."""
+    if config.search.optuna_url:
+        from raysyn.cluster.durable_search import study_storage
+
+        study_storage(config.search.optuna_url)
+    return check_space(config.search.space or DEFAULT_SPACE, config)
 
 
 def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
@@ -108,16 +116,6 @@ def _check_domain(key: str, domain: Any) -> None:
         raise UserError(form)
     if not isinstance(domain.get("choices", []), list):
         raise UserError(form)
-
-
-def _check_study(config: TuneJob) -> None:
-    """Raise UserError where Optuna's study has no place, or one that cannot be opened, before any work."""
-    if config.search.optuna_url:
-        from raysyn.cluster.durable_search import study_storage
-
-        study_storage(config.search.optuna_url)
-    elif not Storage.at(config.storage).is_local:
-        raise UserError("search.optuna_url: storage is an object store; give the URL of a database for the study")
 
 
 def check_nets(space: dict[str, Any], config: TuneJob) -> None:
@@ -232,18 +230,23 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
 def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any]) -> Any:
     import optuna
 
-    from raysyn.cluster.durable_search import DurableOptunaSearch, study_storage
+    from raysyn.cluster.durable_search import STUDY, DurableOptunaSearch, StudyCopy, study_storage
 
+    copy, url = None, search.optuna_url or f"sqlite:///{stage.storage.path}/{STUDY}"
+    if not search.optuna_url and not stage.storage.is_local:
+        copy = StudyCopy(stage.storage.uri, stage.fingerprint)
+        url = copy.fetch()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     both = len(search.objectives) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return DurableOptunaSearch(
+            copy=copy,
             space=partial(suggest, space),
             metric=list(search.objectives) if both else "score",
             mode=["max", "min"] if both else "max",
             sampler=optuna.samplers.TPESampler(seed=search.seed, multivariate=False),
-            storage=study_storage(search.optuna_url or f"sqlite:///{stage.storage.path}/optuna.db"),
+            storage=study_storage(url),
             study_name=f"raysyn-{stage.fingerprint}",
         )
 
@@ -301,11 +304,13 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
     trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), resources)
     if stage.storage.is_local:
         Path(stage.storage.path).mkdir(parents=True, exist_ok=True)
-    path = f"{stage.path}/ray_tune"
+    place = {"storage_filesystem": stage.storage.fs}
+    path = f"{stage.storage.path}/ray_tune"
+    searcher = _optuna_search(config.search, stage, space)
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_SECONDS)
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    if Tuner.can_restore(path):
-        tuner = Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=True)
+    if Tuner.can_restore(path, **place):
+        tuner = Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=True, **place)
     else:
         both = len(config.search.objectives) > 1
         tuner = Tuner(
@@ -315,11 +320,11 @@ def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[s
                 mode=None if both or config.search.scheduler != "none" else "max",
                 num_samples=config.search.num_trials,
                 max_concurrent_trials=config.search.max_concurrent,
-                search_alg=_optuna_search(config.search, stage, space),
+                search_alg=searcher,
                 scheduler=_scheduler(config.search, config.task, space),
                 reuse_actors=True,  # a process of its own for each trial would import everything anew
             ),
-            run_config=RunConfig(name="ray_tune", storage_path=stage.path, verbose=0),
+            run_config=RunConfig(name="ray_tune", storage_path=stage.storage.path, verbose=0, **place),
         )
     status = "FAILED"
     try:

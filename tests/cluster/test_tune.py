@@ -93,6 +93,8 @@ def test_nets_of_the_space_are_tried_before_any_trial() -> None:
 def test_a_study_of_rows_that_cannot_work_is_refused_before_any_work(tmp_path) -> None:
     for override, says in (
         ("data.image_size=66", r"data\.image_size: 66 is not a multiple"),
+        ("search.space.lr.low=a", r"search\.space\.lr: Value 'a'"),
+        ("search.optuna_url=nonsense", r"search\.optuna_url: cannot open"),
         ("segmentation.arch=unet:nothing", r"task\.arch: 'unet:nothing' is not known"),
         ("classification.weights=/no/such.pt", r"task\.weights: no file"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from raysyn.cluster.tune import check_space, max_iterations, pareto_front, suggest, trial_task, tune
 from raysyn.compose import load_job
 from raysyn.config import SearchConfig, TaskConfig, TuneJob
+from raysyn.data.storage import Storage
 from raysyn.types import UserError
 
 SPACE = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}}
@@ -110,18 +112,57 @@ def test_the_faithfulness_threshold_is_a_key_of_the_data() -> None:
     assert trial_task(TaskConfig(), {"min_faithfulness": 0.5}) == TaskConfig()
 
 
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """The URI of a bucket on an S3 server of its own."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="runs")
+    yield f"s3://runs/a?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+    server.stop()
+
+
 @pytest.mark.cluster
-def test_a_search_repeats_by_its_seed_and_finished_trials_by_their_records(tmp_path) -> None:
+@pytest.mark.s3
+def test_a_search_repeats_by_its_seed_and_finished_trials_by_their_records(tmp_path, bucket: str) -> None:
     from raysyn.cluster.session import ray_session
     from raysyn.cluster.tune import tune
 
     def job(folder: str, **search: object) -> TuneJob:
         overrides = [f"{k}={v}" for k, v in search.items()]
-        shared = ["scale=tiny", "task=segmentation", f"storage={tmp_path / folder}", "tracking.enabled=false"]
+        storage = folder if folder.startswith("s3://") else tmp_path / folder
+        shared = ["scale=tiny", "task=segmentation", f"storage={storage}", "tracking.enabled=false"]
         return load_job("tune", [*shared, "search.max_concurrent=1", "search.num_refits=0", *overrides])
 
     with ray_session(job("a").ray):
         _check_repeats(job, tune)
+        _check_object_store(job(bucket), tune)
+
+
+def _check_object_store(job: TuneJob, tune) -> None:
+    """A search whose storage is no folder goes on from it on another machine, its study too."""
+    import optuna
+
+    from raysyn.cluster.durable_search import StudyCopy
+
+    first = tune(job)
+    stage = Storage.at(first.path)
+    stage.remove("manifest.json")
+    copy = StudyCopy(stage.uri, first.fingerprint)
+    copy.path.unlink()  # what the first machine had
+    again = tune(job)
+    costs = [sorted(t["cost"] for t in o.manifest["trials"]) for o in (first, again)]  # restored in any order
+    assert costs[0] == costs[1]
+    copy.path.unlink()
+    study = optuna.load_study(study_name=None, storage=copy.fetch())
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
+    copy.path.unlink()
 
 
 def _check_repeats(job, tune) -> None:
