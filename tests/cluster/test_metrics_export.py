@@ -20,7 +20,7 @@ from raysyn.data.storage import Storage
 from raysyn.types import Frame
 
 ROOT = Path(__file__).resolve().parents[2]
-# A synthesis with a mock sampler; an actor dies once a shard is whole. What the port says is the last line.
+# A synthesis with a mock sampler; an actor dies once a shard is whole. What the port says is a line of its own.
 SESSION = """
 import json, os, sys, time, urllib.request
 from raysyn.cluster.sampler_actor import SynthesisSpec, settings_of
@@ -63,7 +63,7 @@ with ray_session(job.ray):
             break
         time.sleep(0.3)
     finish(job, stage, spec)
-    print(json.dumps(found))
+    print("FOUND", json.dumps(found))
 """
 # Dies once, and notes the shards that this process had made whole by then: a shard is two batches, one after the other.
 SAMPLER = """
@@ -99,7 +99,8 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
         def result(name: str) -> list[str]:
             out, err = running[name].communicate(timeout=300)
             assert running[name].returncode == 0, err[-3000:]
-            found: list[str] = json.loads(out.strip().splitlines()[-1])
+            (line,) = [line for line in out.splitlines() if line.startswith("FOUND")]  # Ray prints what it likes
+            found: list[str] = json.loads(line.removeprefix("FOUND"))
             return found
 
         yield folder, {name: functools.partial(result, name) for name in settings}
