@@ -26,7 +26,8 @@ from raysyn.compose import load_job
 from raysyn.config import FitJob, SynthesizeJob
 from raysyn.training_state import Progress
 
-ROUNDS, STEPS, EVERY, SHARD_SIZE = 5, 100, 10, 64
+ROUNDS, IMAGES, PER_CHECKPOINT, SHARD_SIZE = 5, 2400, 240, 64
+BATCHES = (8, 24)  # images a step of both ranks together: the demo's, and that of its first versions
 COMMON = [
     "scale=demo",
     "model=edm",
@@ -37,9 +38,8 @@ COMMON = [
     "tracking.enabled=false",
 ]
 FIT = [
-    f"model.fit.num_images={24 * STEPS}",
+    f"model.fit.num_images={IMAGES}",
     "model.fit.num_validation_images=0",
-    f"model.fit.checkpoint_every_steps={EVERY}",
     "model.fit.keep_checkpoints=1000",
     "model.fit.sample_every_steps=100000",
 ]
@@ -95,10 +95,10 @@ def _free_port() -> int:
 def seconds_per_step(folder: Path) -> tuple[float, float]:
     """(by the clock, CPU seconds of all ranks) from a fit's checkpoints, the first two left out: the processes warm up."""
     marks = sorted((folder / "checkpoints").glob("step-*/checkpoint.json"))[2:]
-    steps = (len(marks) - 1) * EVERY
+    first, last = (json.loads(m.read_text()) for m in (marks[0], marks[-1]))
+    steps = last["step"] - first["step"]
     wall = marks[-1].stat().st_mtime - marks[0].stat().st_mtime
-    cpu = [json.loads(m.read_text())["progress"]["cpu_seconds"] for m in (marks[0], marks[-1])]
-    return wall / steps, (cpu[1] - cpu[0]) / steps
+    return wall / steps, (last["progress"]["cpu_seconds"] - first["progress"]["cpu_seconds"]) / steps
 
 
 def seconds_per_image(folder: Path, actors: int) -> float:
@@ -108,13 +108,15 @@ def seconds_per_image(folder: Path, actors: int) -> float:
     return (inner[-1] - inner[0]) / ((len(inner) - 1) * SHARD_SIZE)
 
 
-def step_of_a_fit(storage: Path, number: int) -> tuple[float, float, float, float]:
+def step_of_a_fit(storage: Path, number: int, batch: int) -> tuple[float, float, float, float]:
     """(seconds a step under Ray Train, CPU seconds, the same two in bare processes) with two workers."""
-    overrides = [*COMMON, *FIT, f"model.fit.seed={number}", "workers.num_workers=2", f"storage={storage}"]
+    own = [f"model.fit.global_batch={batch}", f"model.fit.micro_batch={batch}"]
+    own += [f"model.fit.checkpoint_every_steps={PER_CHECKPOINT // batch}", f"model.fit.seed={number}"]
+    overrides = [*COMMON, *FIT, *own, "workers.num_workers=2", f"storage={storage}"]
     config: FitJob = load_job("fit", overrides)
     with ray_session(config.ray):
         by_ray = seconds_per_step(Path(fit(config).path))
-    frames, folder, port = _frames(config), storage / f"bare-{number}", _free_port()
+    frames, folder, port = _frames(config), storage / f"bare-{batch}-{number}", _free_port()
     _apart(bare_fit, *[(config, frames, folder, rank, 2, port) for rank in (0, 1)])
     return *by_ray, *seconds_per_step(folder)
 
@@ -159,11 +161,12 @@ def rows(what: tuple[str, ...] = ("fit", "synthesis")) -> list[list[Any]]:
     made = []
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         storage = Path(temporary)
-        rounds = range(ROUNDS if "fit" in what else 1)
-        wall, cpu, bare_wall, bare_cpu = zip(*[step_of_a_fit(storage, number) for number in rounds])
-        if "fit" in what:
-            name = "a step under Ray Train against the bare loop: edm, 2 workers"
-            made += [_row(name, wall, bare_wall), _row(f"{name}, their CPU seconds", cpu, bare_cpu)]
+        for batch in BATCHES if "fit" in what else BATCHES[:1]:
+            rounds = range(ROUNDS if "fit" in what else 1)
+            wall, cpu, bare_wall, bare_cpu = zip(*[step_of_a_fit(storage, number, batch) for number in rounds])
+            if "fit" in what:
+                name = f"a step under Ray Train against the bare loop: edm, 2 workers, {batch} images a step"
+                made += [_row(name, wall, bare_wall), _row(f"{name}, their CPU seconds", cpu, bare_cpu)]
         if "synthesis" in what:
             model_dir = str(next((storage / "fit").iterdir()) / "model")
             two, one, bare = zip(*[image_of_a_set(storage, model_dir, number) for number in range(ROUNDS)])
