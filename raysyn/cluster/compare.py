@@ -212,11 +212,14 @@ def compare_fingerprint(config: CompareJob) -> str:
 
 
 def check_extractors(extractors: list[str]) -> None:
-    """Raise UserError for none at all, and for one that cannot be opened, before any work."""
+    """Raise UserError for none at all, for two of one name, and for one that cannot be opened, before any work."""
     from raysyn.metrics.extractors import open_extractor
 
     if not extractors:
         raise UserError("extractors: name at least one, e.g. extractors=[lite0]")
+    names = [spec.partition("=")[0] for spec in extractors]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"extractors: two are {twice[0]}; their measures would have one name")
     for spec in extractors:
         if spec != "lite0":
             open_extractor(spec)

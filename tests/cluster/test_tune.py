@@ -95,6 +95,7 @@ def test_a_study_of_rows_that_cannot_work_is_refused_before_any_work(tmp_path) -
         ("data.image_size=66", r"data\.image_size: 66 is not a multiple"),
         ("search.space.lr.low=a", r"search\.space\.lr: Value 'a'"),
         ("search.optuna_url=nonsense", r"search\.optuna_url: cannot open"),
+        ("extractors=[resnet18=a.pt,resnet18=b.pt]", "extractors: two are resnet18"),
         ("segmentation.arch=unet:nothing", r"task\.arch: 'unet:nothing' is not known"),
         ("classification.weights=/no/such.pt", r"task\.weights: no file"),
     ):
