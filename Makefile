@@ -27,7 +27,7 @@ test: env
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 test-quick: env
-	@$(BIN)/python -m pytest -m "not cluster and not e2e and not browser and not s3 and not postgres and not slow"
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not cluster and not e2e and not browser and not s3 and not postgres and not slow"
 
 lint: env
 	@$(BIN)/ruff check .
