@@ -147,10 +147,13 @@ def frame_files(uri: str | Storage, split: str | None = None) -> list[tuple[Stor
 
 
 def open_shard(storage: Storage, name: str) -> pq.ParquetFile:
-    """A Parquet file of frames, its schema checked. Raises UserError that names the file and what to do."""
+    """A Parquet file of frames, its schema checked. Raises UserError that names the file and what to do.
+
+    An object that does not read as Parquet is fetched once more: pyarrow takes a body as long as announced for whole.
+    """
     where = storage.locate(name)
     try:
-        file = pq.ParquetFile(storage.open_input(name))
+        file = _parquet(storage, name)
     except FileNotFoundError:
         raise UserError(f"{where}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -159,6 +162,19 @@ def open_shard(storage: Storage, name: str) -> pq.ParquetFile:
         ) from None
     check_schema(file.schema_arrow, where)
     return file
+
+
+def _parquet(storage: Storage, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(storage.open_input(name))
+    except pa.ArrowInvalid:
+        if storage.is_local:
+            raise
+    again = storage.read_bytes(name)
+    try:
+        return pq.ParquetFile(pa.BufferReader(again))
+    except pa.ArrowInvalid as error:
+        raise pa.ArrowInvalid(f"{len(again)} bytes that end in {again[-8:]!r}: {error}") from None
 
 
 def _first_line(error: Exception) -> str:

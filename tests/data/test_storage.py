@@ -9,11 +9,13 @@ import pickle
 import threading
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from raysyn.data import storage as module
+from raysyn.data.frames import read_frames, write_frames
 from raysyn.data.storage import TEMPORARY, Storage
-from raysyn.types import UserError
+from raysyn.types import Frame, UserError
 
 
 def test_local_round_trip_listing_and_removal(tmp_path) -> None:
@@ -218,11 +220,12 @@ def test_a_write_survives_that_another_run_cleans_up(tmp_path, monkeypatch) -> N
 class FlakyProxy(http.server.ThreadingHTTPServer):
     """Passes requests on to an S3 server, after answering 503 to the first `num_faults` of each (method, path).
 
-    The part `refused_part` of an upload in parts is answered 403.
+    The part `refused_part` of an upload in parts is answered 403; the first `num_damaged` objects fetched come as zeros.
     """
 
     daemon_threads = True
     refused_part = 0
+    num_damaged = 0
 
     def __init__(self, target: tuple[str, int], num_faults: int) -> None:
         self.target, self.num_faults, self.seen = target, num_faults, Counter()
@@ -248,6 +251,9 @@ class FlakyHandler(http.server.BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body, headers)
         response = connection.getresponse()
         data = response.read()
+        if self.server.num_damaged and self.command == "GET" and response.status == 206:
+            self.server.num_damaged -= 1
+            data = bytes(len(data))
         self.reply(response.status, data, dict(response.getheaders()))
 
     def body(self) -> bytes:
@@ -373,6 +379,22 @@ def test_s3_retries_on_503(s3, s3_server) -> None:
     proxy.shutdown()
     assert proxy.seen["PUT", "/frames/p/a.bin"] == 3
     assert max(proxy.seen.values()) >= 3
+
+
+@pytest.mark.s3
+def test_s3_a_shard_that_came_damaged_is_fetched_again(s3, s3_server) -> None:
+    proxy = FlakyProxy(s3_server, num_faults=0)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    storage = Storage.at(f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}")
+    pixels = np.zeros((8, 8), np.uint8)
+    written = Frame("a", pixels, pixels, "2CH", "ED", "patient0", "train", "real")
+    write_frames(storage, "a.parquet", [written])
+    proxy.num_damaged = 1
+    assert [f.frame_id for f in read_frames(storage)] == [written.frame_id]
+    proxy.num_damaged = 2
+    with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file \(\d+ bytes that end in b'\\x00"):
+        list(read_frames(storage))
+    proxy.shutdown()
 
 
 @pytest.mark.s3
