@@ -1,22 +1,27 @@
 """What Ray adds: rows (d) and (e) of `make bench`; alone, `python -m benchmarks.ray_overhead [fit synthesis]` renews them.
 
 (d) a step of a fit under Ray Train against the same loop in two bare processes, and an image drawn by one actor against
-the same shard writer in a bare process; (e) two actors against one. Demo sizes, one thread a process, phantom frames.
-Both sides write the same files, so the clock is their modification times, from when all processes are up until the
-first of them has nothing left.
+the same shard writer in a bare process; (e) two actors against one, all threads of an actor on one core. Demo sizes, one
+thread a process, phantom frames. Both sides write the same files, so the clock is their modification times, from when
+all processes are up until the first of them has nothing left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import os
 import socket
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from raysyn.cluster.fit import fit
 from raysyn.cluster.inputs import prepare_fingerprint
@@ -139,21 +144,51 @@ def bare_writer(config: SynthesizeJob, model_dir: str, frames: str, folder: Path
         writer({key: np.array([value]) for key, value in dataclasses.asdict(shard).items()})
 
 
-def image_of_a_set(storage: Path, model_dir: str, number: int) -> tuple[float, float, float]:
-    """(seconds an image by two actors, by one, in a bare process)."""
+@contextlib.contextmanager
+def a_core_each(actors: int) -> Iterator[None]:
+    """Keep every thread of the first `actors` synthesis actors that come up in the block on a core of its own actor."""
+    cores = sorted(os.sched_getaffinity(0))[:actors]
+    done = threading.Event()
+
+    def pin() -> None:
+        while not done.wait(0.3):  # threads come one by one, until all have drawn something
+            workers = (p for p in psutil.Process().children(recursive=True) if "MapWorker" in _title(p))
+            for core, worker in zip(cores, sorted(workers, key=lambda p: p.pid)):
+                with contextlib.suppress(psutil.NoSuchProcess, OSError):
+                    for thread in worker.threads():
+                        os.sched_setaffinity(thread.id, {core})
+
+    watcher = threading.Thread(target=pin, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def image_of_a_set(storage: Path, model_dir: str, number: int) -> tuple[float, float, float, float]:
+    """(seconds an image by two actors on a core each, by one on a core, by one as it is, in a bare process)."""
     own = ["synthesize.mask_splits=[train]", "synthesize.num_warps=8", f"synthesize.shard_size={SHARD_SIZE}"]
     own += [f"synthesize.seed={number}", f"model_dir={model_dir}"]
     seconds = []
-    for actors in (2, 1):
-        place = storage / f"actors-{actors}"
+    for actors, pinned in ((2, True), (1, True), (1, False)):
+        place = storage / f"actors-{actors}-{pinned}"
         config: SynthesizeJob = load_job(
             "synthesize", [*COMMON, *own, f"workers.num_workers={actors}", f"storage={place}"]
         )
-        with ray_session(config.ray):
+        with a_core_each(actors) if pinned else contextlib.nullcontext(), ray_session(config.ray):
             seconds.append(seconds_per_image(Path(synthesize(config).path), actors))
     folder = storage / f"bare-set-{number}"
     _apart(bare_writer, (config, model_dir, _frames(config), folder))
-    return seconds[0], seconds[1], seconds_per_image(folder, 1)
+    return (*seconds, seconds_per_image(folder, 1))
 
 
 def rows(what: tuple[str, ...] = ("fit", "synthesis")) -> list[list[Any]]:
@@ -169,10 +204,11 @@ def rows(what: tuple[str, ...] = ("fit", "synthesis")) -> list[list[Any]]:
                 made += [_row(name, wall, bare_wall), _row(f"{name}, their CPU seconds", cpu, bare_cpu)]
         if "synthesis" in what:
             model_dir = str(next((storage / "fit").iterdir()) / "model")
-            two, one, bare = zip(*[image_of_a_set(storage, model_dir, number) for number in range(ROUNDS)])
+            two, one, free, bare = zip(*[image_of_a_set(storage, model_dir, number) for number in range(ROUNDS)])
             made += [
-                _row("an image by one actor against the bare loop: edm, dpmpp_2m 3", one, bare),
-                _row("images by two actors against one: edm, dpmpp_2m 3", one, two),
+                _row("an image by one actor against the bare loop: edm, dpmpp_2m 3", free, bare),
+                _row("images by two actors against one, a core each: edm, dpmpp_2m 3", one, two),
+                _row("images by two actors, a core each, against one that has both: edm, dpmpp_2m 3", free, two),
             ]
     return made
 
