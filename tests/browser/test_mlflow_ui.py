@@ -81,7 +81,7 @@ def test_charts_plot_cost_and_realism_against_dice(study: tuple[str, str, list[s
     address, experiment, _, folder = study
     with browser_page() as page:
         open_study(page, address, experiment)
-        for title in ("cost/sample_seconds_per_image vs. task/mean_dice", "realism/fd_lite0 vs. task/mean_dice"):
+        for title in ("task/mean_dice vs. cost/sample_seconds_per_image", "task/mean_dice vs. realism/fd_lite0"):
             page.get_by_text(title).first.wait_for(timeout=60_000)
         points = page.locator(".js-plotly-plot").filter(has_text="cost/sample_seconds_per_image").first
         assert points.locator(".scatterlayer .point").count() == 4, "one point a row that has both measures"
