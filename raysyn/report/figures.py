@@ -203,7 +203,7 @@ def _plain_log_ticks(axes: Any, values: Sequence[float]) -> None:
 
     ratio = max(values) / max(min(values), 1e-12)
     if ratio < 5:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,)))
