@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from raysyn.config import TrackingConfig
 from raysyn.report.figures import PALETTE
@@ -124,11 +123,6 @@ def view_path(experiment_id: str, *, charts: bool = True) -> str:
     mode = "CHART" if charts else "TABLE"
     query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={VIEW_KEY}"
     return f"/#/experiments/{experiment_id}/runs?{query}"
-
-
-def compare_path(experiment_id: str, run_ids: Sequence[str]) -> str:
-    """Path and query of MLflow's own page that compares runs."""
-    return f"/#/compare-runs?runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment_id]))}"
 
 
 def studies(uri: str) -> dict[str, list[str]]:
