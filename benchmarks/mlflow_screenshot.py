@@ -35,7 +35,7 @@ def mlflow_pages(database: Path, log_file: Path | None = None) -> Iterator[str]:
 
 
 @contextmanager
-def browser_page(width: int = 1600, height: int = 860) -> Iterator[Any]:
+def browser_page(width: int = 1600, height: int = 1090) -> Iterator[Any]:
     """A page of headless Chromium (Debian's)."""
     from playwright.sync_api import sync_playwright
 

@@ -158,9 +158,6 @@ def object_requests(folder: str, num_shards: int = 40) -> list[Row]:
     import boto3
     from moto.server import ThreadedMotoServer
 
-    import raysyn.cluster.sampler_actor as actor
-
-    actor.reporter = lambda key, every_seconds=1.0: lambda status: None  # no Ray and nobody watches here
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     counter, log = _Requests(), logging.getLogger("werkzeug")
     log.addHandler(counter)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from raysyn.diffusion.precondition import EDM, IDDPM, VE, VP, Denoiser, Preconditioning
 from raysyn.nets.spade import num_groups
 from raysyn.nets.unet import SemanticUNet
-from raysyn.reference_format import Record, read_pickle
+from raysyn.reference_format.files import read_pickle
+from raysyn.reference_format.objects import Record
 from raysyn.types import UserError
 
 PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")

@@ -10,11 +10,9 @@ OUTSIDE, LV_CAVITY, TISSUE, MYOCARDIUM, LEFT_ATRIUM = range(5)
 STRUCTURES = ("outside", "lv_cavity", "tissue", "myocardium", "left_atrium")
 NUM_CHANNELS = len(STRUCTURES) * len(VIEWS)
 
-# Scored regions as sets of structures (CAMUS: LV endo {1}, LV epi {1,2}, LA {3} in its own numbering).
-REGIONS = {"lv_endo": (LV_CAVITY,), "lv_epi": (LV_CAVITY, MYOCARDIUM), "la": (LEFT_ATRIUM,)}
-
 # The segmentation task has CAMUS's four classes: background, LV cavity, LV myocardium, left atrium.
 TASK_CLASSES = ("background", "lv_cavity", "myocardium", "left_atrium")
+# Scored regions as sets of them: LV endo, LV epi (the cavity within), LA.
 TASK_REGIONS = {"lv_endo": (1,), "lv_epi": (1, 2), "la": (3,)}
 _TASK_OF_STRUCTURE = np.array([0, 1, 0, 2, 3], dtype=np.uint8)
 _STRUCTURE_OF_CAMUS = np.array([TISSUE, LV_CAVITY, MYOCARDIUM, LEFT_ATRIUM], dtype=np.uint8)

@@ -22,14 +22,14 @@ from raysyn.compose import build
 from raysyn.config import ModelConfig, SamplerConfig, to_dict
 from raysyn.diffusion.generate import AMP_DTYPES, generate
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
-from raysyn.labels import NUM_CHANNELS, STRUCTURES, check_label_map, semantic_index, view_index
+from raysyn.labels import semantic_index
 from raysyn.models import check_nets
 from raysyn.nets.codecs import Codec, LatentCodec, PixelCodec
 from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
 from raysyn.nets.gamma_vae import GammaVAE
 from raysyn.nets.spade import one_hot_from_index
 from raysyn.nets.unet import SemanticUNet
-from raysyn.types import VIEWS, UserError
+from raysyn.types import UserError
 
 FORMAT = 1
 
@@ -248,55 +248,6 @@ def guidance_doubt(config: ModelConfig, sampler: SamplerConfig) -> str:
         return ""
     scale = f"guidance_scale {sampler.guidance_scale:g}"
     return f"{scale}: {config.name} was fitted without label_dropout, so that its null map says nothing"
-
-
-def split_views(maps: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """(label maps 0 to 4, a view each) of maps uint8 [B, H, W] that say their own view: values 5 to 9 mean 4CH.
-
-    Outside the sector may be 0 in both views. Raises UserError for values above 9 and a map of both views.
-    """
-    found = []
-    for i, each in enumerate(maps):
-        if each.dtype != np.uint8 or each.ndim != 2:
-            check_label_map(each, f"label map {i}")
-        values = np.unique(each)
-        if values.max(initial=0) >= NUM_CHANNELS:
-            extra = [int(v) for v in values if v >= NUM_CHANNELS]
-            raise UserError(f"label map {i}: label values {extra} are outside the set 0 to {NUM_CHANNELS - 1}")
-        views = {int(v) // len(STRUCTURES) for v in values if v != 0} or {0}
-        if len(views) > 1:
-            raise UserError(f"label map {i}: has values of both views (1 to 4 and 5 to 9); a map has one view")
-        found.append(VIEWS[views.pop()])
-    return maps % len(STRUCTURES), found
-
-
-def check_maps(
-    label_maps: np.ndarray, views: Sequence[str] | str | None, image_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(label maps uint8 [B, H, W], view indices uint8 [B]). Raises UserError for a wrong value, size or view.
-
-    `views` is one a map, one name for all, or None where the maps say it themselves (`split_views`).
-    """
-    try:
-        label_maps = np.asarray(label_maps)
-    except ValueError:
-        raise UserError("label_maps: are of different sizes; this model draws one size") from None
-    if label_maps.ndim == 2:
-        label_maps = label_maps[None]
-    if label_maps.ndim != 3 or len(label_maps) == 0:
-        raise UserError(f"label_maps: give [B, H, W] with at least one map, got the shape {label_maps.shape}")
-    if views is None:
-        label_maps, views = split_views(label_maps)
-    elif isinstance(views, str):
-        views = [views] * len(label_maps)
-    for i, label_map in enumerate(label_maps):
-        check_label_map(label_map, f"label map {i}")
-        if label_map.shape != (image_size, image_size):
-            size = "x".join(map(str, label_map.shape))
-            raise UserError(f"label map {i}: is {size}, but this model draws {image_size}x{image_size}; resize it")
-    if len(views) != len(label_maps):
-        raise UserError(f"views: {len(views)} for {len(label_maps)} label maps; give one a map")
-    return label_maps, np.array([view_index(v) for v in views], dtype=np.uint8)
 
 
 def __getattr__(name: str) -> Any:

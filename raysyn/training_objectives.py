@@ -22,9 +22,8 @@ from raysyn.nets.gamma_vae import (
     GammaVAE,
     GaussianPosterior,
     Posterior,
-    build_perceptual,
-    perceptual_distance,
 )
+from raysyn.nets.perceptual import build_perceptual, perceptual_distance
 from raysyn.nets.spade import one_hot_from_index
 from raysyn.training import SampleLosses
 from raysyn.training_batches import (

@@ -8,11 +8,9 @@ import math
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from raysyn.config import FitConfig
 from raysyn.metrics.cost import gpu_energy_joules
@@ -230,8 +228,3 @@ def sigma_bucket_names() -> list[str]:
     """Names of the noise-level buckets, from low to high."""
     edges = ["0", *(f"{e:g}" for e in SIGMA_EDGES), "inf"]
     return [f"{i}_{a}_to_{b}" for i, (a, b) in enumerate(itertools.pairwise(edges))]
-
-
-def memory_of(tensors: dict[str, dict[str, Tensor]] | Any) -> int:
-    """Bytes of a checkpoint's tensors."""
-    return sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())

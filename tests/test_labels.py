@@ -47,7 +47,9 @@ def test_camus_labels_map_to_structures_and_back_to_task_classes() -> None:
     assert not outside.any()
 
 
-def test_task_regions_agree_with_structure_regions() -> None:
-    for region, structures in labels.REGIONS.items():
+def test_task_regions_are_made_of_the_right_structures() -> None:
+    lv_epi = (labels.LV_CAVITY, labels.MYOCARDIUM)
+    regions = {"lv_endo": (labels.LV_CAVITY,), "lv_epi": lv_epi, "la": (labels.LEFT_ATRIUM,)}
+    for region, structures in regions.items():
         mapped = {int(labels.to_task_classes(np.array(s))) for s in structures}
         assert mapped == set(labels.TASK_REGIONS[region])

@@ -67,9 +67,7 @@ def test_everything_logged_arrives(storage: str, tmp_path: Path) -> None:
         logged.log_metrics({"cost/x": 2.0, "task/absent": None, "odd?name": 1.0})
         logged.log_image("grid", np.zeros((8, 8), np.uint8), step=3)
         logged.log_image("report/hero", np.zeros((8, 8, 3), np.uint8))
-        logged.log_table("table", [{"a": 1}, {"a": 2, "b": "x"}])
         logged.log_artifact(tmp_path / "card.md", "cards")
-        logged.set_tags({"more": 5})
     assert logged.dropped == 0
     run, client = run_of(logged), open_client(logged.uri)
     assert run.info.status == "FINISHED"
@@ -77,12 +75,12 @@ def test_everything_logged_arrives(storage: str, tmp_path: Path) -> None:
     assert run.data.params == {"model.name": "edm"}
     assert run.data.metrics == {"loss/low_sigma": 1 / 2500, "cost/x": 2.0, "odd_name": 1.0}
     assert [m.step for m in client.get_metric_history(logged.run_id, "loss/low_sigma")] == list(range(2500))
-    assert (run.data.tags["fingerprint"], run.data.tags["more"]) == ("ab", "5")
+    assert run.data.tags["fingerprint"] == "ab"
     assert run.data.tags.get("mlflow.source.git.commit", "") == git_commit()
     names = {
         a.path for folder in ("", "pictures/report", "cards") for a in client.list_artifacts(run.info.run_id, folder)
     }
-    assert {"table.json", "config.json", "images", "cards/card.md", "pictures/report/hero.png"} <= names
+    assert {"config.json", "images", "cards/card.md", "pictures/report/hero.png"} <= names
     assert run.info.artifact_uri.startswith((Path(storage) / "mlartifacts").as_uri())
 
 
@@ -91,7 +89,7 @@ def test_the_same_run_goes_on_by_key_and_by_id(storage: str) -> None:
     first.log_metrics({"loss": 3.0}, 1)
     first.finish("KILLED")
     assert run_of(first).info.status == "KILLED"
-    second = Tracker.start(ON, storage, "fit", {"lr": 2, "new": 1}, key="fit-1")
+    second = Tracker.start(ON, storage, "fit", {"lr": 2, "new": 1}, {"fingerprint": "ab"}, key="fit-1")
     second.log_metrics({"loss": 2.0}, 2)
     assert second.finish() == 0
     third = Tracker.start(ON, storage, "fit", run_id=first.run_id)
@@ -100,6 +98,7 @@ def test_the_same_run_goes_on_by_key_and_by_id(storage: str) -> None:
     assert first.run_id == second.run_id == third.run_id
     run = run_of(first)
     assert run.data.params == {"lr": "1", "new": "1"}, "a param keeps its first value"
+    assert run.data.tags["fingerprint"] == "ab", "a tag takes its last"
     history = open_client(first.uri).get_metric_history(first.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert run.info.status == "FINISHED"
@@ -153,7 +152,6 @@ def test_nothing_is_logged_when_tracking_is_off(tmp_path: Path) -> None:
     logged = Tracker.start(TrackingConfig(enabled=False), "s3://no/place", "row", {"a": 1})
     logged.log_metrics({"x": 1.0})
     logged.log_params({"b": 1})
-    logged.set_tags({"c": 1})
     logged.log_image("grid", np.zeros((4, 4), np.uint8))
     assert logged.wait_run_id() is None
     assert logged.finish() == 0
@@ -223,8 +221,7 @@ def test_an_absent_server_gets_everything_when_it_is_back(server: Server, caplog
     for step in range(3000):
         logged.log_metrics({"loss": float(step)}, step)
     logged.log_params({"a": 1})
-    logged.set_tags({"b": 2})
-    logged.log_table("table", [{"x": 1}])
+    logged.on_server("note", lambda client, run_id: client.log_text(run_id, "text", "note.txt"))
     until(lambda: logged._failures >= 2)
     server.away = False
     until(lambda: len(server.metrics) >= 1000)
@@ -233,8 +230,8 @@ def test_an_absent_server_gets_everything_when_it_is_back(server: Server, caplog
     server.away = False
     assert logged.finish() == 0
     assert server.metrics == [("loss", float(step), step) for step in range(3000)]
-    assert (server.params, server.tags["b"]) == ({"a": "1"}, "2")
-    assert server.calls == ["table.json", "FINISHED"]
+    assert server.params == {"a": "1"}
+    assert server.calls == ["note.txt", "FINISHED"]
     away = [r for r in caplog.records if "is away" in r.message]
     assert len(away) == 1, "one warning, not one a try"
 

@@ -37,6 +37,8 @@ def _board() -> Any:
     """The board's actor; None when nobody watches in this session."""
     import ray
 
+    if not ray.is_initialized():  # to look for the board would start a Ray of its own
+        return None
     try:
         return ray.get_actor(BOARD, namespace="raysyn")
     except ValueError:

@@ -10,9 +10,9 @@ from PIL import Image
 
 from raysyn.config import ModelConfig
 from raysyn.diffusion.precondition import Denoiser
-from raysyn.labels import COLOURS
 from raysyn.nets.codecs import Codec, LatentCodec
 from raysyn.pipeline import FittedModel, synthesize_images, to_u8
+from raysyn.report.grids import colour_map, spread_over_views
 from raysyn.types import FrameArrays
 
 NUM_PICTURES = 8
@@ -20,32 +20,22 @@ NUM_PICTURES = 8
 
 def sample_grid(denoiser: Denoiser, codec: Codec, model: ModelConfig, frames: FrameArrays) -> np.ndarray:
     """RGB uint8 [2H, nW, 3]: label maps of held-out frames, below them an image drawn for each, always of one seed."""
-    chosen = frames.take(spread(len(frames)))
+    chosen = frames.take(spread_over_views(frames, NUM_PICTURES))
     # Not `.to(device)`: that lays the weights out for sampling, and steps from another layout round otherwise.
     fitted = FittedModel(denoiser, codec, model, chosen.image_u8.shape[1], "")
     images = synthesize_images(fitted, chosen.label_map, chosen.view, list(range(len(chosen))), amp=model.fit.amp)
-    return stacked([coloured(chosen.label_map), images])
+    return stacked([colour_map(chosen.label_map), images])
 
 
 def reconstruction_grid(codec: Codec, frames: FrameArrays, device: torch.device) -> np.ndarray:
     """RGB uint8 [2H, nW, 3]: held-out frames, below them what the autoencoder makes of their posterior means."""
     assert isinstance(codec, LatentCodec)
-    chosen = frames.take(spread(len(frames)))
+    chosen = frames.take(spread_over_views(frames, NUM_PICTURES))
     sector = torch.from_numpy(chosen.label_map != 0)[:, None].float().to(device)
     image_01 = torch.from_numpy(chosen.image_u8)[:, None].float().to(device) / 255 * sector
     with torch.no_grad():
         decoded = codec.vae.decode(codec.vae.encode(image_01, sector).mean, sector).clamp(0, 1)
     return stacked([chosen.image_u8 * (chosen.label_map != 0), to_u8(decoded * 2 - 1)])
-
-
-def spread(count: int) -> np.ndarray:
-    """Up to `NUM_PICTURES` frame numbers spread over `count`."""
-    return np.unique(np.linspace(0, count - 1, min(NUM_PICTURES, count)).round().astype(np.int64))
-
-
-def coloured(label_map: np.ndarray) -> np.ndarray:
-    """RGB uint8 [n, H, W, 3] of label maps [n, H, W]."""
-    return COLOURS[label_map]
 
 
 def stacked(rows: list[np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The worker of a synthesis: loads the model once, then draws whole shards and writes each whole or not at all."""
+"""The worker of a synthesis: opens its sampler once, then draws whole shards and writes each whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ import pyarrow as pa
 
 from raysyn.cluster.board import reporter
 from raysyn.cluster.metrics_export import count_if_replaced, count_shard
-from raysyn.config import SamplerConfig, SynthesizeConfig
-from raysyn.data.frames import decode_png, frame_files, frames_to_table, open_shard, read_light, table_to_bytes
-from raysyn.data.masks import warp_label_map
+from raysyn.config import SynthesizeConfig
+from raysyn.data.frames import frames_to_table, table_to_bytes
+from raysyn.data.masks import MaskFrames, warp_label_map
 from raysyn.data.requests import Request, RequestPlan, Shard, synthetic_frame_id
 from raysyn.data.storage import Storage
-from raysyn.metrics.cost import Cost, measured
+from raysyn.metrics.cost import Cost, measured, on_gpu
 from raysyn.types import VIEWS, Frame, Provenance, UserError
 
 SUMMED = tuple(f"{part}{unit}" for part in ("", "decode_", "rejected_") for unit in ("cpu_seconds", "gpu_seconds"))
 RECORD = {"name", "rows", "bytes", "sha256", "seconds", *SUMMED, "attempts", "below_min_faithfulness", "energy_joules"}
 RECORD |= {"peak_memory_mb", "peak_gpu_memory_mb"}  # what the manifest is made from
-CPU_BATCH = 32  # benchmarks/README.md
-BATCH_SIZE = "batch_size"  # file in the data set's folder, where the config leaves it open and GPUs draw
 LOOK_UPS = 32  # at once, of shards in an object store: each is a round trip
 
 
@@ -60,73 +58,7 @@ class SynthesisSpec:
     num_function_evals: int
     threads: int
     key: str
-    sampler: str = "raysyn.cluster.sampler_actor:ModelSampler"
-
-
-class ModelSampler:
-    """The fitted model of `spec.model_dir` on this worker's device; `decoding` is what its autoencoder has cost so far.
-
-    A batch that does not fit the GPU is halved, with a warning in the worker's log: noise is each image's own, so that
-    changes an image by no more than the choice of GPU kernels does.
-    """
-
-    def __init__(self, spec: SynthesisSpec) -> None:
-        import torch
-
-        from raysyn.cluster.model_store import open_model
-        from raysyn.diffusion.batching import keep_freed_memory
-
-        torch.set_num_threads(spec.threads)
-        keep_freed_memory()
-        self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
-        self.sampler = SamplerConfig(**spec.settings["sampler"])
-        self.config, self.decoding = spec.config, Cost()
-        self.batch_size = spec.config.batch_size or self._fitting(Storage.at(spec.output))
-        if spec.config.compile:
-            self.model.fix_shapes(spec.config.amp)
-        self.decoding = Cost()  # without the probe's
-
-    def _fitting(self, storage: Storage) -> int:
-        """The largest batch that the GPU holds, of at most a shard; 32 on a CPU, where larger ones gain nothing.
-
-        The first worker's finding is kept in the data set's folder: sums of floats may depend on it, so a set is
-        finished in the batches that it was begun with.
-        """
-        from raysyn.diffusion.batching import probe_batch
-
-        if not _on_gpu():
-            return min(CPU_BATCH, self.config.shard_size)
-        if storage.exists(BATCH_SIZE):
-            return int(storage.read_bytes(BATCH_SIZE))
-        size, most = self.model.image_size, self.config.shard_size
-        brief = dataclasses.replace(self.sampler, num_steps=min(self.sampler.num_steps, 2))
-        # No two places of such a map are alike, so that tables of neighbourhoods save nothing.
-        label_map, view = (
-            np.random.default_rng(0).integers(0, 5, (most, size, size), np.uint8),
-            np.zeros(most, np.uint8),
-        )
-        found = probe_batch(lambda n: self._draw(label_map[:n], view[:n], list(range(n)), brief), limit=most)
-        storage.write_atomic(BATCH_SIZE, str(found).encode())
-        return found
-
-    def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
-        """Images uint8 [B, H, W]; raises torch.OutOfMemoryError when not even one image fits."""
-        from raysyn.diffusion.batching import in_halves
-
-        def draw(part: slice) -> np.ndarray:
-            return self._draw(label_map[part], view[part], seeds[part], self.sampler)
-
-        return np.concatenate(in_halves(draw, len(seeds)))
-
-    def _draw(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int], sampler: SamplerConfig) -> np.ndarray:
-        from raysyn.pipeline import decode_images, sample_latents
-
-        amp, budget = self.config.amp, self.config.modulation_cache_bytes
-        x = sample_latents(self.model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
-        with measured(_on_gpu()) as cost:
-            images = decode_images(self.model, x, label_map)
-        self.decoding += cost
-        return images
+    sampler: str = "raysyn.cluster.model_sampler:ModelSampler"
 
 
 def _load(path: str) -> Any:
@@ -171,7 +103,7 @@ class ShardWriter:
         self.rejected, self.rejected_decoding, decoded = Cost(), Cost(), self._decoding()
         batches = list(self.spec.plan.batches(shard, getattr(self.sampler, "batch_size", 0)))
         # Warping of the next batch's maps and PNG encoding of the last one's images run beside the sampling.
-        with measured(_on_gpu()) as cost, ThreadPoolExecutor(2) as pool:
+        with measured(on_gpu()) as cost, ThreadPoolExecutor(2) as pool:
             ready = pool.submit(self.conditions, shard.split, batches[0])
             for i, batch in enumerate(batches):
                 maps, view = ready.result()
@@ -233,7 +165,7 @@ class ShardWriter:
                     break
                 again = [batch[i].retry(attempt) for i in todo]
                 decoded = self._decoding()
-                with measured(_on_gpu()) as cost:
+                with measured(on_gpu()) as cost:
                     fresh = self.sampler(maps[todo], view[todo], again)
                     fresh_scores = self.faithfulness(fresh, maps[todo])
                 self.rejected += cost  # an image is drawn anew for each that is thrown away
@@ -287,35 +219,6 @@ class ShardWriter:
         self.report({**status, "note": gpu_memory()})
 
 
-@dataclass(frozen=True)
-class MaskFrames:
-    """The masks of a split, still as PNGs, with what a synthetic frame inherits: a few KB a mask, no images."""
-
-    png: list[bytes]
-    view: np.ndarray
-    phase: list[str]
-    patient_id: list[str]
-    spacing_mm: list[tuple[float, float] | None]
-
-    @staticmethod
-    def read(uri: str, split: str) -> MaskFrames:
-        """The masks of a split of a frame set, in its order. Raises UserError when there are none."""
-        files = frame_files(uri, split)
-        light = pa.concat_tables([read_light(storage, name) for storage, name in files])
-        png: list[bytes] = []
-        for storage, name in files:
-            with open_shard(storage, name) as file:
-                for group in range(file.num_row_groups):
-                    png += [row["bytes"] for row in file.read_row_group(group, ["label_map"])["label_map"].to_pylist()]
-        view = np.array([VIEWS.index(v) for v in light["view"].to_pylist()], dtype=np.uint8)
-        spacing = [None if v is None else (float(v[0]), float(v[1])) for v in light["spacing_mm"].to_pylist()]
-        return MaskFrames(png, view, light["phase"].to_pylist(), light["patient_id"].to_pylist(), spacing)
-
-    def label_map(self, index: int) -> np.ndarray:
-        """Label map `index`, uint8 [H, W]."""
-        return decode_png(self.png[index], f"label map {index}")
-
-
 def read_record(storage: Storage, shard: Shard) -> dict[str, Any] | None:
     """The record of a whole shard; None when the shard is to be made."""
     if not storage.exists(shard.name):
@@ -355,16 +258,9 @@ def faithfulness_of(config: SynthesizeConfig) -> Any:
     return lambda images, maps: mean_region_dice(predict_label_maps(segmenter, images), maps)
 
 
-def _on_gpu() -> bool:
-    import sys
-
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda.is_available())
-
-
 def gpu_memory() -> str:
     """GPU memory in use by this process, in words; empty without a GPU."""
-    if not _on_gpu():
+    if not on_gpu():
         return ""
     import torch
 

@@ -154,7 +154,7 @@ def run_task(
     done = stage.outcome()
     if done is not None:
         return done
-    from raysyn.metrics.cost import measured
+    from raysyn.metrics.cost import measured, on_gpu
     from raysyn.tasks.classification import evaluate_classification, train_classification
     from raysyn.tasks.segmentation import evaluate_segmentation, train_segmentation
 
@@ -174,7 +174,7 @@ def run_task(
         if task.kind == "segmentation"
         else (train_classification, evaluate_classification)
     )
-    with measured(_on_gpu()) as cost:
+    with measured(on_gpu()) as cost:
         fitted = train(sets["train"], sets["validation"], task, real=sets.get("real"), report=progress)
         scores = evaluate(fitted, sets["test"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -194,12 +194,6 @@ def run_task(
             "cost": cost.columns(task.kind),
         }
     )
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def run_realism(

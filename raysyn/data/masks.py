@@ -1,17 +1,50 @@
-"""Warped label maps: new anatomies to condition the generators on (REFERENCE §3, mask warping)."""
+"""A frame set's label maps, and warped ones: new anatomies to condition the generators on (REFERENCE §3, mask warping)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import pyarrow as pa
 
 from raysyn.config import WarpConfig
+from raysyn.data.frames import decode_png, frame_files, open_shard, read_light
 from raysyn.labels import LEFT_ATRIUM, LV_CAVITY, MYOCARDIUM, OUTSIDE, TISSUE, check_label_map
-from raysyn.types import UserError
+from raysyn.types import VIEWS, UserError
 
 REFERENCE_SIZE = 256  # `elastic_px` counts pixels of a picture of this size
 NUM_MODES = 3  # the elastic field's shortest wave is two thirds of the picture
 MIN_STRETCH = 0.3  # the elastic field shrinks no direction by more than this factor: nothing folds
 _IS_STRUCTURE = np.isin(np.arange(5), (LV_CAVITY, MYOCARDIUM, LEFT_ATRIUM))
+
+
+@dataclass(frozen=True)
+class MaskFrames:
+    """The masks of a split, still as PNGs, with what a synthetic frame inherits: a few KB a mask, no images."""
+
+    png: list[bytes]
+    view: np.ndarray
+    phase: list[str]
+    patient_id: list[str]
+    spacing_mm: list[tuple[float, float] | None]
+
+    @staticmethod
+    def read(uri: str, split: str) -> MaskFrames:
+        """The masks of a split of a frame set, in its order. Raises UserError when there are none."""
+        files = frame_files(uri, split)
+        light = pa.concat_tables([read_light(storage, name) for storage, name in files])
+        png: list[bytes] = []
+        for storage, name in files:
+            with open_shard(storage, name) as file:
+                for group in range(file.num_row_groups):
+                    png += [row["bytes"] for row in file.read_row_group(group, ["label_map"])["label_map"].to_pylist()]
+        view = np.array([VIEWS.index(v) for v in light["view"].to_pylist()], dtype=np.uint8)
+        spacing = [None if v is None else (float(v[0]), float(v[1])) for v in light["spacing_mm"].to_pylist()]
+        return MaskFrames(png, view, light["phase"].to_pylist(), light["patient_id"].to_pylist(), spacing)
+
+    def label_map(self, index: int) -> np.ndarray:
+        """Label map `index`, uint8 [H, W]."""
+        return decode_png(self.png[index], f"label map {index}")
 
 
 def warp_label_map(label_map: np.ndarray, warp: WarpConfig, seed: int) -> np.ndarray:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -94,6 +95,12 @@ def measured(on_gpu: bool = False) -> Iterator[Cost]:
         cost.energy_joules = now - energy if now is not None and energy is not None else None
 
 
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU: one is visible, and torch is loaded."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available())
+
+
 def _wait_for_gpu() -> float:
     """Let queued CUDA work end; the peak of allocated memory so far in MiB, 0 without a GPU."""
     import torch
@@ -134,13 +141,3 @@ def _visible_gpus(count: int) -> list[int]:
     if named is None or not all(part.strip().isdigit() for part in named.split(",") if part.strip()):
         return list(range(count))
     return [int(part) for part in named.split(",") if part.strip() and int(part) < count]
-
-
-def count_flops(call: Callable[[], Any]) -> float:
-    """Floating-point operations of one call, matrix products and convolutions, as torch's flop counter counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with counter:
-        call()
-    return float(counter.get_total_flops())

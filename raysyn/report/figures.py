@@ -182,7 +182,7 @@ def cost_figure(rows: Sequence[Row], cost: str, label: str, name: str, score: st
         [costs[i] for i in front], [scores[i] for i in front], where="post", color=INK, linewidth=1.1, alpha=0.55
     )
     line.set_label("Pareto front")
-    _plain_log_ticks(axes)
+    _plain_log_ticks(axes, costs)
     _scatter(axes, used, rows, cost, score)
     _legend(axes, rows, steps=len(used) <= 16, extra=[line, *extra])
     data = [{**p, "on_front": i in front} for i, p in enumerate(_points(used, cost, score))]
@@ -197,12 +197,16 @@ def _below(axes: Any, text: str) -> None:
     axes.annotate(text, (0, -0.17), xycoords="axes fraction", fontsize=9, color=INK, annotation_clip=False)
 
 
-def _plain_log_ticks(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _plain_log_ticks(axes: Any, values: Sequence[float]) -> None:
+    """Numbers as people write them; within a factor of five equal steps, as powers of ten would leave one or none."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-    low, high = axes.get_xlim()
-    narrow = high / max(low, 1e-12) < 30
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    ratio = max(values) / max(min(values), 1e-12)
+    if ratio < 5:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -270,7 +274,7 @@ def curve_figure(
             axes.fill_between(x, [p["low"] for p in own], [p["high"] for p in own], color=colour, alpha=0.15, lw=0)
     if log_x:
         axes.set_xscale("log")
-        _plain_log_ticks(axes)
+        _plain_log_ticks(axes, [p["x"] for p in points])
     places = sorted({p["x"] for p in points})
     if len(places) <= 8:
         axes.set_xticks(places, [f"{x:g}" for x in places])
@@ -301,7 +305,8 @@ def trials_figure(trials: Sequence[Mapping[str, Any]]) -> FigureOf | None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **LEGEND)
     keys = [str(k) for k in trials[0].get("params", {})]
     data = [{"score": t["score"], "cost": t["cost"], **{k: t["params"].get(k) for k in keys}} for t in trials]
-    return FigureOf("trials", "Search: score against cost of a trial", "", figure, data)
+    caption = "Each point is a set-up of the task that was tried; on the front nothing was both cheaper and better."
+    return FigureOf("trials", "Search: score against cost of a trial", caption, figure, data)
 
 
 def save_figure(made: FigureOf, folder: str | Path, dpi: int = 150) -> tuple[Path, Path]:

@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from raysyn.labels import COLOURS
-from raysyn.types import FrameArrays
+from raysyn.labels import COLOURS, STRUCTURES
+from raysyn.types import PHASES, VIEWS, FrameArrays
 
-GAP, MARGIN = 4, 10
+GAP, MARGIN, HEAD = 4, 10, 20  # pixels; HEAD is the height of the columns' names
+NAMES = {
+    "outside": "outside the sector",
+    "lv_cavity": "LV cavity",
+    "tissue": "other tissue",
+    "myocardium": "LV myocardium",
+}
 PAPER, INK, SOFT = (255, 255, 255), (34, 34, 34), (110, 110, 110)
 
 
@@ -34,18 +40,24 @@ def _tile(array: np.ndarray, cell: int) -> Image.Image:
     return image.resize((cell, cell), Image.Resampling.BICUBIC if soft else Image.Resampling.NEAREST)
 
 
-def tile_rows(rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell: int = 128, title: str = "") -> Image.Image:
-    """Rows of tiles, each row's name at its left. A row is (name, arrays uint8 [H, W] grey or [H, W, 3] colour)."""
-    font, head = _font(14), _font(16)
+def tile_rows(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell: int = 128, heads: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of tiles, each row's name at its left and `heads` above the columns.
+
+    A row is (name, arrays uint8 [H, W] grey or [H, W, 3] colour).
+    """
+    font = _font(14)
     lines = {name: name.split("\n") for name, _ in rows}
     label = max((int(font.getlength(part)) for parts in lines.values() for part in parts), default=0)
     left = MARGIN + (label + 12 if label else 0)
-    top = MARGIN + (30 if title else 0)
+    top = MARGIN + (HEAD if heads else 0)
     columns = max((len(arrays) for _, arrays in rows), default=0)
     size = (left + columns * (cell + GAP) - GAP + MARGIN, top + len(rows) * (cell + GAP) - GAP + MARGIN)
-    picture = Image.new("RGB", (max(size[0], int(head.getlength(title)) + 2 * MARGIN), size[1]), PAPER)
+    picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN), title, fill=INK, font=head)
+    for c, head in enumerate(heads):
+        draw.text((left + c * (cell + GAP) + cell // 2, MARGIN), head, fill=SOFT, font=_font(12), anchor="ma")
     for r, (name, arrays) in enumerate(rows):
         y = top + r * (cell + GAP)
         for k, part in enumerate(lines[name]):
@@ -56,11 +68,25 @@ def tile_rows(rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell: int = 128,
     return picture
 
 
-def sample_grid(frames: FrameArrays, count: int = 8, cell: int = 128, title: str = "") -> Image.Image:
-    """Frames with their label map above each: `count` of them, spread over the set."""
-    index = spread(len(frames), count)
-    masks, images = colour_map(frames.label_map[index]), frames.image_u8[index]
-    return tile_rows([("label map", list(masks)), ("image", list(images))], cell, title)
+def sample_grid(frames: FrameArrays, count: int = 8, cell: int = 128) -> Image.Image:
+    """Frames with their label map above each: `count` of them, spread over the set's views and phases."""
+    shown = frames.take(spread_over_views(frames, count))
+    rows = [("label map", list(colour_map(shown.label_map))), ("image", list(shown.image_u8))]
+    return tile_rows(rows, cell, view_names(shown))
+
+
+def view_names(frames: FrameArrays) -> list[str]:
+    """View and phase of each frame in words: `2CH ED`."""
+    return [f"{VIEWS[view]} {PHASES[phase]}" for view, phase in zip(frames.view, frames.phase)]
+
+
+def spread_over_views(frames: FrameArrays, count: int) -> list[int]:
+    """`count` indices (or fewer), an equal share of each view and phase, in that order.
+
+    Sets hold a patient's frames one after another: equal steps over them could meet the same view each time.
+    """
+    order = np.lexsort((frames.phase, frames.view))
+    return [int(order[i]) for i in spread(len(order), count)]
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -81,7 +107,7 @@ def hero_picture(
     first = sets[names[0]]
     place = {frame_id: i for i, frame_id in enumerate(source.frame_id)}
     known = [i for i, mask in enumerate(first.mask_frame_id) if mask in place] or list(range(len(first)))
-    index = [known[i] for i in spread(len(known), count)]
+    index = [known[i] for i in spread_over_views(first.take(known), count)]
     masks = [first.mask_frame_id[i] for i in index]
     shown = first.label_map[index]
     rows: list[tuple[str, Sequence[np.ndarray]]] = []
@@ -94,7 +120,7 @@ def hero_picture(
         if own is None:
             rows.append((f"{name}\nits label map", list(colour_map(frames.label_map))))
         rows.append((name, list(frames.image_u8)))
-    return tile_rows(rows, cell)
+    return tile_rows(rows, cell, view_names(first.take(index)))
 
 
 def _same_condition(frames: FrameArrays, masks: Sequence[str], label_map: np.ndarray) -> list[int] | None:
@@ -134,14 +160,13 @@ def worst_pairs(
 
 def colour_key(cell: int = 14) -> Image.Image:
     """The structures' colours with their names."""
-    from raysyn.labels import STRUCTURES
-
     font = _font(13)
-    widths = [cell + 6 + int(font.getlength(name.replace("_", " "))) + 18 for name in STRUCTURES]
+    names = [NAMES.get(name, name.replace("_", " ")) for name in STRUCTURES]
+    widths = [cell + 6 + int(font.getlength(name)) + 18 for name in names]
     picture = Image.new("RGB", (sum(widths) + 2 * MARGIN, cell + 12), PAPER)
     draw, x = ImageDraw.Draw(picture), MARGIN
-    for name, colour, width in zip(STRUCTURES, COLOURS, widths):
+    for name, colour, width in zip(names, COLOURS, widths):
         draw.rectangle((x, 6, x + cell, 6 + cell), fill=tuple(int(v) for v in colour))
-        draw.text((x + cell + 6, 4), name.replace("_", " "), fill=INK, font=font)
+        draw.text((x + cell + 6, 4), name, fill=INK, font=font)
         x += width
     return picture

@@ -41,6 +41,12 @@ CURVES = {
 }
 
 
+CONTROLS = {
+    "control reconstruction": "training frames as the autoencoder gives them back, with their label maps",
+    "control prior": "what the autoencoder makes of draws from its prior; no frame and no map went in but the sector",
+}
+
+
 @dataclass
 class Samples:
     """What the pictures are made of.
@@ -100,8 +106,9 @@ def publish(folder: str | Path, storage_uri: str) -> None:
 
 
 def _legend_line(rows: Sequence[Row]) -> str:
-    text = "Scores with 95 % intervals below them; the best generated set of a column in blue."
-    return text if any(number(r, "mean_dice_low") is not None for r in rows) else "The best generated set in blue."
+    scores = "LV endo, LV epi and LA are Dice, view is the accuracy of telling 2CH from 4CH"
+    interval = ", with 95 % intervals" if any(number(r, "mean_dice_low") is not None for r in rows) else ""
+    return f"{scores}{interval}; the best generated set of a column in blue. For research only, not for diagnosis."
 
 
 def study_figures(
@@ -135,12 +142,13 @@ def write_pictures(folder: Path, samples: Samples) -> list[tuple[Path, str]]:
         name, frames = samples.source
         made.append((sample_grid(frames), _file_name(name), f"{name}: training frames with their label maps."))
     for name, frames in samples.sets.items():
-        made.append((sample_grid(frames), _file_name(name), f"{name}: synthetic frames with the maps asked for."))
+        what = CONTROLS.get(name, "synthetic frames with the maps asked for")
+        made.append((sample_grid(frames), _file_name(name), f"{name}: {what}."))
     for name, data in samples.pairs.items():
         caption = f"{name}: the synthetic frames most like a training frame, that frame below each, their correlation."
         made.append((Image.open(io.BytesIO(data)), f"{_file_name(name)}_nearest", caption))
     if made:
-        made.append((colour_key(), "colours", "Colours of the label maps."))
+        made.insert(1, (colour_key(), "colours", "Colours of the label maps."))
         folder.mkdir(parents=True, exist_ok=True)
     written = []
     for picture, name, caption in made:

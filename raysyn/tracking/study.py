@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from raysyn.config import TrackingConfig
 from raysyn.report.figures import PALETTE
@@ -76,12 +75,13 @@ def view_state(realism: Sequence[str]) -> dict[str, Any]:
 
     `realism`: the metrics that measure it, one an extractor.
     """
-    scattered = [(first, SCORES[0]) for first in (COST, *realism)]
+    # Dice along the page: MLflow leaves the numbers at a chart's side too little room for its digits.
+    scattered = [(SCORES[0], second) for second in (COST, *realism)]
     chosen = [f"params.`{p}`" for p in ROW_PARAMS] + [
         f"metrics.`{METRIC_NAMES[c]}`" for c in COLUMNS if c in METRIC_NAMES
     ]
     charts = []
-    for i, (first, second) in enumerate([*scattered, *((name, "") for name in (*SCORES, COST, *realism))]):
+    for i, (first, second) in enumerate([*scattered, *((name, "") for name in (COST, *realism, *SCORES))]):
         chart: dict[str, Any] = {
             "uuid": f"chart-{i}",
             "metricSectionId": "study",
@@ -95,6 +95,7 @@ def view_state(realism: Sequence[str]) -> dict[str, Any]:
             chart |= {"type": "BAR", "runsCountToCompare": 100, "metricKey": first, "displayName": first}
         charts.append(chart)
     section = {"uuid": "study", "name": "The study", "display": True, "isReordered": False, "deleted": False}
+    section |= {"columns": 2, "cardHeight": 400}  # three beside each other cut the charts' names off
     return {
         "searchFilter": f"tags.`{KIND_TAG}` = 'row'",
         "orderByKey": "metrics.`task/mean_dice`",
@@ -122,11 +123,6 @@ def view_path(experiment_id: str, *, charts: bool = True) -> str:
     mode = "CHART" if charts else "TABLE"
     query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={VIEW_KEY}"
     return f"/#/experiments/{experiment_id}/runs?{query}"
-
-
-def compare_path(experiment_id: str, run_ids: Sequence[str]) -> str:
-    """Path and query of MLflow's own page that compares runs."""
-    return f"/#/compare-runs?runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment_id]))}"
 
 
 def studies(uri: str) -> dict[str, list[str]]:

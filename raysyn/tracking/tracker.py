@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class Tracker:
         self._metrics: deque[tuple[str, float, int, int]] = deque()
         self._params: dict[str, str] = {}
         self._known: set[str] = set()  # params that the run has: MLflow refuses a second value
-        self._tags: dict[str, str] = {}
         self._calls: deque[tuple[str, Callable[[Any, str], None]]] = deque()
         self._changed = threading.Condition()
         self._connected = threading.Event()
@@ -112,12 +111,6 @@ class Tracker:
             self._params |= flatten(params)
             self._changed.notify()
 
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Queue tags; a later value replaces an earlier one."""
-        with self._changed:
-            self._tags |= {safe_key(k): str(v)[:5000] for k, v in tags.items()}
-            self._changed.notify()
-
     def log_image(self, name: str, image: str | Path | np.ndarray, step: int | None = None) -> None:
         """Queue a picture: a file, or uint8 [H, W] or [H, W, 3]. With `step` it joins the series `name` of MLflow's
         image view, else it is the artifact `pictures/<name>.png`. A file must stay there until `finish`."""
@@ -143,14 +136,6 @@ class Tracker:
 
         self.on_server(str(path), send)
 
-    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Queue rows as a table that MLflow's evaluation view shows; the artifact is `<name>.json`."""
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        data = {c: [row.get(c) for row in rows] for c in columns}
-        content = {"columns": columns, "data": [list(values) for values in zip(*data.values())]}
-        text = json.dumps(content, default=str)
-        self.on_server(name, lambda client, run_id: client.log_text(run_id, text, f"{name.removesuffix('.json')}.json"))
-
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> int:
         """Deliver what is queued, set the run's status (FINISHED, FAILED or KILLED) and stop. Returns what was dropped.
 
@@ -164,7 +149,7 @@ class Tracker:
         with self._changed:
             self._off = True
             self._changed.notify()
-            self.dropped += len(self._metrics) + len(self._params) + len(self._tags) + len(self._calls)
+            self.dropped += self._queued()
         if self.dropped:
             log.warning("tracking: %d entries of run %s did not reach %s", self.dropped, self._run["name"], self.uri)
         return self.dropped
@@ -228,7 +213,7 @@ class Tracker:
             return not self._off and (bool(self._queued()) or not self._connected.is_set())
 
     def _queued(self) -> int:
-        return len(self._metrics) + len(self._params) + len(self._tags) + len(self._calls)
+        return len(self._metrics) + len(self._params) + len(self._calls)
 
     def _pending(self) -> bool:
         return bool(self._queued()) or self._closing or self._off or not self._connected.is_set()
@@ -241,6 +226,8 @@ class Tracker:
                 self._changed.wait_for(lambda: self._closing or self._off, timeout=seconds)
 
     def _connect(self) -> Any:
+        from mlflow.entities import RunTag
+
         client = open_client(self.uri)
         experiment = experiment_id(client, self.experiment, self._artifacts)
         run = self._run
@@ -251,8 +238,7 @@ class Tracker:
             self.run_id = found[0].info.run_id
             client.update_run(self.run_id, status="RUNNING")
             self._known = set(found[0].data.params)
-            with self._changed:
-                self._tags = {**run["tags"], **self._tags}
+            client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in run["tags"].items()])
         else:
             self.run_id = client.create_run(experiment, tags=run["tags"], run_name=run["name"]).info.run_id
         self._connected.set()
@@ -260,7 +246,7 @@ class Tracker:
 
     def _deliver(self, client: Any) -> None:
         """Send one batch of each kind. What fails for now is put back; what can never be taken counts as dropped."""
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, Param
 
         run_id = str(self.run_id)
         points = self._take(lambda: self._metrics.popleft() if self._metrics else None, METRICS_PER_BATCH)
@@ -277,12 +263,6 @@ class Tracker:
             lambda: self._params.update(params),
         )
         self._known |= {key for key, _ in params}
-        tags = self._take(lambda: self._tags.popitem() if self._tags else None, ITEMS_PER_BATCH)
-        self._send(
-            tags,
-            lambda: client.log_batch(run_id, tags=[RunTag(*t) for t in tags]),
-            lambda: self._tags.update({**dict(tags), **self._tags}),
-        )
         calls = self._take(self._next_call, 1)
         self._send(calls, lambda: calls[0][1](client, run_id), lambda: self._calls.extendleft(calls))
 
@@ -324,9 +304,6 @@ class _Disabled(Tracker):
         pass
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        pass
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
         pass
 
     def on_server(self, what: str, send: Callable[[Any, str], None]) -> None:

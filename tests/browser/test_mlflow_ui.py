@@ -1,10 +1,12 @@
 """MLflow's own pages in a real browser: the rows' metrics stand in the runs table, the charts and the compare page."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -12,7 +14,7 @@ from benchmarks.mlflow_screenshot import browser_page, mlflow_pages, open_study
 from raysyn.config import TrackingConfig
 from raysyn.tracking import log_study
 from raysyn.tracking.places import open_client
-from raysyn.tracking.study import compare_path, studies
+from raysyn.tracking.study import studies
 
 pytestmark = [
     pytest.mark.browser,
@@ -81,7 +83,7 @@ def test_charts_plot_cost_and_realism_against_dice(study: tuple[str, str, list[s
     address, experiment, _, folder = study
     with browser_page() as page:
         open_study(page, address, experiment)
-        for title in ("cost/sample_seconds_per_image vs. task/mean_dice", "realism/fd_lite0 vs. task/mean_dice"):
+        for title in ("task/mean_dice vs. cost/sample_seconds_per_image", "task/mean_dice vs. realism/fd_lite0"):
             page.get_by_text(title).first.wait_for(timeout=60_000)
         points = page.locator(".js-plotly-plot").filter(has_text="cost/sample_seconds_per_image").first
         assert points.locator(".scatterlayer .point").count() == 4, "one point a row that has both measures"
@@ -91,7 +93,8 @@ def test_charts_plot_cost_and_realism_against_dice(study: tuple[str, str, list[s
 def test_compare_page_sets_the_rows_side_by_side(study: tuple[str, str, list[str], Path]) -> None:
     address, experiment, runs, folder = study
     with browser_page() as page:
-        page.goto(address + compare_path(experiment, runs))
+        chosen = f"runs={quote(json.dumps(runs))}&experiments={quote(json.dumps([experiment]))}"
+        page.goto(f"{address}/#/compare-runs?{chosen}")
         page.get_by_text("Comparing 5 Runs from 1 Experiment").wait_for(timeout=120_000)
         page.get_by_text("Run details").wait_for(timeout=60_000)
         for metric in ("cost/sample_seconds_per_image", "realism/fd_lite0", "task/mean_dice", "task/view_accuracy"):

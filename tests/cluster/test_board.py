@@ -6,6 +6,7 @@ import logging
 import time
 
 import pytest
+import ray
 
 from raysyn.cluster.board import _shown, relay_warnings, reporter, watch
 from raysyn.cluster.session import ray_session
@@ -34,6 +35,12 @@ def test_what_is_complete_goes_and_takes_its_workers_along_but_not_its_namesakes
 def test_who_is_silent_is_left_out_sooner_where_no_end_is_known() -> None:
     said = {"whole": status(120, done=1, total=9), "open": status(120, note="running"), "gone": status(4000, total=9)}
     assert _shown(said) == ["whole  1/9"]
+
+
+def test_where_no_ray_runs_none_is_started_to_report() -> None:
+    reporter("prepare")({"done": 3, "total": 4})
+    relay_warnings("fit edm")
+    assert not ray.is_initialized()
 
 
 @pytest.mark.cluster

@@ -170,7 +170,6 @@ def test_a_shard_is_a_pure_function_of_the_plan(frames, tmp_path, monkeypatch) -
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("MOCK_SECONDS", "0")
-    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
     found = []
     for name, order in (("a", 1), ("b", -1)):
         spec = make_spec(frames, tmp_path / name)
@@ -200,7 +199,6 @@ def test_the_quality_gate_retries_under_new_seeds_and_counts_them(frames, tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("MOCK_SECONDS", "0")
-    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
     spec = make_spec(frames, tmp_path / "runs", min_faithfulness=0.5, max_attempts=3)
     writer = ShardWriter(spec)
     writer.faithfulness = lambda images, maps: (images.mean((1, 2)) % 1 + 0.2).clip(0, 1)

@@ -126,7 +126,6 @@ def test_the_plan_tells_images_evaluations_disk_and_money(frames, tmp_path, monk
     from raysyn.cluster.synthesis_plan import estimate, probe
 
     monkeypatch.syspath_prepend(frames)
-    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
     spec = make_spec(frames, str(tmp_path), 1000)
     found = probe(spec)
     assert not Path(spec.output).exists(), "a plan writes nothing"
@@ -148,7 +147,6 @@ def test_the_same_bytes_on_s3(frames, tmp_path, monkeypatch) -> None:
     from moto.server import ThreadedMotoServer
 
     monkeypatch.syspath_prepend(frames)
-    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "test")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -183,7 +181,6 @@ def test_the_same_bytes_on_s3(frames, tmp_path, monkeypatch) -> None:
 
 def test_a_damaged_shard_is_not_whole(frames, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(frames)
-    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
     spec = make_spec(frames, str(tmp_path), 400, batch_size=50, shard_size=200)
     writer, shards = ShardWriter(spec), list(spec.plan.shards())
     for shard in shards:

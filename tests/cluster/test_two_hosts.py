@@ -72,7 +72,6 @@ def undisturbed(frames: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> d
     for key, value in {"HOST": "none", "MOCK_SECONDS": "0", "MOCK_LOG": str(folder / "undisturbed")}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr("raysyn.cluster.sampler_actor.reporter", lambda key: lambda status: None)
     spec = make_spec(frames, str(folder / "undisturbed-runs"))
     writer = ShardWriter(spec)
     for shard in spec.plan.shards():

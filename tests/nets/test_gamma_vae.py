@@ -13,9 +13,7 @@ from raysyn.nets.gamma_vae import (
     GammaPosterior,
     GammaVAE,
     GaussianPosterior,
-    build_perceptual,
     gamma_kl,
-    perceptual_distance,
 )
 from raysyn.types import UserError
 
@@ -125,39 +123,6 @@ def test_published_size_has_activations_between_its_convolutions() -> None:
         torch.no_grad()
     ):  # fault 5: without an activation a residual block of norms would be odd in its normalised input
         assert not torch.allclose(block(x) - x, -(block(-x) + x), atol=1e-3)
-
-
-def test_the_perceptual_term_says_why_it_is_off() -> None:
-    net, status = build_perceptual("", "")
-    assert net is None
-    assert "no weights" in status
-
-
-@pytest.mark.slow
-def test_the_perceptual_term_takes_a_timm_backbone_with_its_weights(tmp_path) -> None:
-    import timm
-
-    file = tmp_path / "weights.pt"
-    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), file)
-    net, status = build_perceptual("resnet10t", str(file))
-    assert net is not None
-    assert "resnet10t" in status
-    image = torch.rand(2, 1, 64, 64, requires_grad=True)
-    assert perceptual_distance(net, image, image).abs().max() == 0
-    distance = perceptual_distance(net, image, torch.rand(2, 1, 64, 64))
-    assert (distance > 0).all()
-    (gradient,) = torch.autograd.grad(distance.sum(), image)
-    assert torch.isfinite(gradient).all()
-    for backbone, weights, says in (
-        ("resnet10t", str(tmp_path / "absent.pt"), "is no file"),
-        ("no_such_net", str(file), "timm has no 'no_such_net'"),
-        ("resnet18", str(file), "not weights of timm's resnet18"),
-    ):
-        with pytest.raises(UserError, match=says):
-            build_perceptual(backbone, weights)
-    file.write_bytes(b"not weights")
-    with pytest.raises(UserError, match="not weights of"):
-        build_perceptual("resnet10t", str(file))
 
 
 def test_latents_are_standardised_by_stored_statistics(vae: GammaVAE, tmp_path) -> None:

@@ -22,7 +22,18 @@ from raysyn.report.figures import (
     save_figure,
     trials_figure,
 )
-from raysyn.report.grids import GAP, MARGIN, hero_picture, sample_grid, spread, tile_rows, worst_pairs
+from raysyn.report.grids import (
+    GAP,
+    HEAD,
+    MARGIN,
+    hero_picture,
+    sample_grid,
+    spread,
+    spread_over_views,
+    tile_rows,
+    view_names,
+    worst_pairs,
+)
 from raysyn.report.table import frechet_keys
 from raysyn.report.write import study_figures, write_pictures
 from raysyn.types import FrameArrays
@@ -229,9 +240,10 @@ def test_a_grid_shows_the_label_map_above_its_frame() -> None:
     set_of = frames(3)
     grid = np.asarray(sample_grid(set_of, count=3, cell=16))
     left = grid.shape[1] - MARGIN - 3 * 16 - 2 * GAP
-    tile = grid[MARGIN : MARGIN + 16, left : left + 16]
+    top = MARGIN + HEAD
+    tile = grid[top : top + 16, left : left + 16]
     assert np.array_equal(tile, COLOURS[set_of.label_map[0]])
-    below = grid[MARGIN + 16 + GAP : MARGIN + 32 + GAP, left : left + 16]
+    below = grid[top + 16 + GAP : top + 32 + GAP, left : left + 16]
     assert np.array_equal(below[..., 0], set_of.image_u8[0])
 
 
@@ -239,6 +251,34 @@ def test_frames_are_spread_over_the_set() -> None:
     assert spread(100, 4) == [12, 37, 62, 87]
     assert spread(2, 8) == [0, 1]
     assert spread(0, 3) == []
+
+
+def test_pictures_show_every_view_and_phase_though_patients_lie_in_order() -> None:
+    set_of = frames(64)
+    set_of.view, set_of.phase = (np.array(kind * 16, np.uint8) for kind in ([0, 0, 1, 1], [0, 1, 0, 1]))
+    shown = set_of.take(spread_over_views(set_of, 8))
+    assert view_names(shown) == [kind for kind in ("2CH ED", "2CH ES", "4CH ED", "4CH ES") for _ in range(2)]
+    assert len(set(shown.patient_id)) == 8
+
+
+def test_the_controls_are_not_called_drawn_from_maps(tmp_path: Path) -> None:
+    written = write_pictures(
+        tmp_path, Samples(("phantom", frames(4)), {"control prior": frames(4), "edm heun 5": frames(4)})
+    )
+    captions = {path.name: caption for path, caption in written}
+    assert "draws from its prior" in captions["control_prior.png"]
+    assert "the maps asked for" in captions["edm_heun_5.png"]
+
+
+@pytest.mark.parametrize("costs", [(94.5, 103, 131, 139), (0.02, 0.03, 0.06, 0.08), (1, 5, 9, 20), (1, 20, 90, 500)])
+def test_a_cost_axis_has_numbers_on_it(costs: tuple[float, ...]) -> None:
+    rows = [r | {"cost": cost} for r, cost in zip(study()[1:], costs)]
+    made = cost_figure(rows, "cost", "Whole cost (s)", "c")
+    assert made is not None
+    (axes,) = made.figure.axes
+    low, high = axes.get_xlim()
+    shown = [v for v in axes.get_xticks() if low <= v <= high]
+    assert len(shown) >= 2, shown
 
 
 def test_the_hero_shares_a_mask_only_where_it_is_the_same() -> None:
@@ -249,7 +289,7 @@ def test_the_hero_shares_a_mask_only_where_it_is_the_same() -> None:
 
     def tall(sets: dict[str, FrameArrays]) -> int:
         picture = hero_picture("phantom", source, sets, count=3, cell=cell)
-        return (picture.height - 2 * MARGIN + GAP) // (cell + GAP)
+        return (picture.height - HEAD - 2 * MARGIN + GAP) // (cell + GAP)
 
     assert tall({"a": one, "b": same}) == 4, "frame, mask, a, b"
     assert tall({"a": one, "c": other}) == 5, "c has masks of its own"
@@ -263,7 +303,7 @@ def test_the_hero_has_one_set_a_model_and_no_controls(tmp_path: Path) -> None:
     names = ("edm heun 5", "edm heun 8", "vp heun 8", "control prior")
     (path, _), *_ = write_pictures(tmp_path, Samples(("phantom", source), dict.fromkeys(names, made)))
     assert path.name == "hero.png"
-    assert (Image.open(path).height - 2 * MARGIN + GAP) // (144 + GAP) == 4, "frame, mask, edm, vp"
+    assert (Image.open(path).height - HEAD - 2 * MARGIN + GAP) // (144 + GAP) == 4, "frame, mask, edm, vp"
 
 
 def test_the_search_figure_has_the_front_of_whole_trials_only() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from raysyn.cluster.sampler_actor import ModelSampler
+from raysyn.cluster.model_sampler import ModelSampler
 from raysyn.config import SamplerConfig, SynthesizeConfig
 from raysyn.metrics.cost import Cost
 
@@ -59,8 +59,8 @@ def test_a_batch_that_does_not_fit_is_drawn_in_halves(monkeypatch) -> None:
 def test_a_batch_of_open_size_is_what_the_first_workers_gpu_holds(monkeypatch, tmp_path) -> None:
     assert made(monkeypatch, tmp_path, batch_size=0)[0].batch_size == 32
     assert made(monkeypatch, tmp_path, batch_size=0, shard_size=6)[0].batch_size == 6
-    monkeypatch.setattr("raysyn.cluster.sampler_actor._on_gpu", lambda: True)
-    monkeypatch.setattr("raysyn.cluster.sampler_actor.measured", lambda on_gpu: nullcontext(Cost()))
+    monkeypatch.setattr("raysyn.cluster.model_sampler.on_gpu", lambda: True)
+    monkeypatch.setattr("raysyn.cluster.model_sampler.measured", lambda on_gpu: nullcontext(Cost()))
     sampler, _, batches = made(monkeypatch, tmp_path, batch_size=0)
     assert (sampler.batch_size, batches) == (2, [8, 4, 2])
     assert sampler.decoding == Cost()

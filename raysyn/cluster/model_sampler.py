@@ -1,0 +1,81 @@
+"""What a synthesis draws with by default: a fitted model, in batches that its device holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from raysyn.cluster.sampler_actor import SynthesisSpec
+from raysyn.config import SamplerConfig
+from raysyn.data.storage import Storage
+from raysyn.metrics.cost import Cost, measured, on_gpu
+
+CPU_BATCH = 32  # benchmarks/README.md
+BATCH_SIZE = "batch_size"  # file in the data set's folder, where the config leaves it open and GPUs draw
+
+
+class ModelSampler:
+    """The fitted model of `spec.model_dir` on this worker's device; `decoding` is what its autoencoder has cost so far.
+
+    A batch that does not fit the GPU is halved, with a warning in the worker's log: noise is each image's own, so that
+    changes an image by no more than the choice of GPU kernels does.
+    """
+
+    def __init__(self, spec: SynthesisSpec) -> None:
+        import torch
+
+        from raysyn.cluster.model_store import open_model
+        from raysyn.diffusion.batching import keep_freed_memory
+
+        torch.set_num_threads(spec.threads)
+        keep_freed_memory()
+        self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.sampler = SamplerConfig(**spec.settings["sampler"])
+        self.config, self.decoding = spec.config, Cost()
+        self.batch_size = spec.config.batch_size or self._fitting(Storage.at(spec.output))
+        if spec.config.compile:
+            self.model.fix_shapes(spec.config.amp)
+        self.decoding = Cost()  # without the probe's
+
+    def _fitting(self, storage: Storage) -> int:
+        """The largest batch that the GPU holds, of at most a shard; 32 on a CPU, where larger ones gain nothing.
+
+        The first worker's finding is kept in the data set's folder: sums of floats may depend on it, so a set is
+        finished in the batches that it was begun with.
+        """
+        from raysyn.diffusion.batching import probe_batch
+
+        if not on_gpu():
+            return min(CPU_BATCH, self.config.shard_size)
+        if storage.exists(BATCH_SIZE):
+            return int(storage.read_bytes(BATCH_SIZE))
+        size, most = self.model.image_size, self.config.shard_size
+        brief = dataclasses.replace(self.sampler, num_steps=min(self.sampler.num_steps, 2))
+        # No two places of such a map are alike, so that tables of neighbourhoods save nothing.
+        label_map, view = (
+            np.random.default_rng(0).integers(0, 5, (most, size, size), np.uint8),
+            np.zeros(most, np.uint8),
+        )
+        found = probe_batch(lambda n: self._draw(label_map[:n], view[:n], list(range(n)), brief), limit=most)
+        storage.write_atomic(BATCH_SIZE, str(found).encode())
+        return found
+
+    def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
+        """Images uint8 [B, H, W]; raises torch.OutOfMemoryError when not even one image fits."""
+        from raysyn.diffusion.batching import in_halves
+
+        def draw(part: slice) -> np.ndarray:
+            return self._draw(label_map[part], view[part], seeds[part], self.sampler)
+
+        return np.concatenate(in_halves(draw, len(seeds)))
+
+    def _draw(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int], sampler: SamplerConfig) -> np.ndarray:
+        from raysyn.pipeline import decode_images, sample_latents
+
+        amp, budget = self.config.amp, self.config.modulation_cache_bytes
+        x = sample_latents(self.model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
+        with measured(on_gpu()) as cost:
+            images = decode_images(self.model, x, label_map)
+        self.decoding += cost
+        return images
