@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,17 @@ def set_fingerprint(uri: str) -> str:
     return storage.read_json("manifest.json")["fingerprint"] if storage.exists("manifest.json") else uri
 
 
-def refuse_leak(sets: dict[str, FrameArrays], test: FrameArrays) -> None:
-    """Raises UserError when a patient of the test frames, or one of their masks, is among those a set was made from."""
-    tested, maps = set(test.patient_id), set(test.frame_id)
-    for name, frames in sets.items():
-        seen = sorted(tested & set(frames.patient_id))
-        if seen:
-            raise UserError(
-                f"{name}: holds test patients ({', '.join(seen[:3])}{', …' if len(seen) > 3 else ''}); refused"
-            )
-        used = sorted(maps & {*frames.mask_frame_id, *frames.frame_id})
-        if used:
-            raise UserError(f"{name}: holds test frames or was drawn from their masks ({used[0]}); refused")
+def refuse_leak(uri: str, frames: FrameArrays, test: FrameArrays) -> None:
+    """Raises UserError, naming the set `uri`, when its frames hold a test patient or were made from a test frame's mask."""
+    if seen := sorted(set(test.patient_id) & set(frames.patient_id)):
+        raise UserError(f"{uri}: holds test patients ({_few(seen)}); refused")
+    if used := sorted(set(test.frame_id) & {*frames.mask_frame_id, *frames.frame_id}):
+        raise UserError(f"{uri}: holds test frames or was drawn from their masks ({_few(used)}); refused")
+
+
+def _few(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
 
 
 def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
@@ -85,8 +84,7 @@ def _with_manifest(storage: Storage) -> Storage:
 
 def _refuse_fitted(what: str, uri: str, patients: set[str]) -> None:
     if patients:
-        named = ", ".join(sorted(patients)[:3])
-        raise UserError(f"{uri}: this {what} was fitted on test patients ({named}); refused")
+        raise UserError(f"{uri}: this {what} was fitted on test patients ({_few(patients)}); refused")
 
 
 def load_sets(
@@ -97,21 +95,20 @@ def load_sets(
     Synthetic frames of a known faithfulness below `min_faithfulness` are left out. Raises UserError for an empty set, a
     leak, or images of several sizes.
     """
-    sets = {
-        "train": FrameArrays.concatenate([_faithful(uri, "train", min_faithfulness) for uri in train_sets]),
-        "validation": FrameArrays.concatenate(
-            [
-                _faithful(uri, "validation", min_faithfulness)
-                for uri in ([real] if task.validate_on == "real" else train_sets)
-            ]
-        ),
-    }
-    if task.real_fraction > 0:
-        sets["real"] = read_arrays(real, "train")
     test = read_arrays(real, "test")
     if len(test) == 0:
         raise UserError(f"{real}: no test frames; a task is tested on real frames of patients that no model saw")
-    refuse_leak(sets, test)
+
+    def read(uris: list[str], split: str, threshold: float = min_faithfulness) -> FrameArrays:
+        parts = [_faithful(uri, split, threshold) for uri in uris]
+        for uri, part in zip(uris, parts):
+            refuse_leak(uri, part, test)
+        return FrameArrays.concatenate(parts)
+
+    validated = [real] if task.validate_on == "real" else train_sets
+    sets = {"train": read(train_sets, "train"), "validation": read(validated, "validation")}
+    if task.real_fraction > 0:
+        sets["real"] = read([real], "train", 0.0)
     refuse_lineage(train_sets, test)
     sizes = sorted({some.image_u8.shape[1:] for some in (*sets.values(), test)})
     if len(sizes) > 1:
@@ -231,7 +228,7 @@ def run_realism(
     )
 
     frames, test = read_arrays(train_set, "train"), read_arrays(real, "test")
-    refuse_leak({train_set: frames}, test)
+    refuse_leak(train_set, frames, test)
     refuse_lineage([train_set], test)
     train = frames if train_set == real else read_arrays(real, "train")
     check_enough(frames=frames, reference_frames=test, baseline_frames=train)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raysyn.cluster import task_runs
-from raysyn.cluster.task_runs import load_sets, patients_of, refuse_lineage, run_realism, run_task
+from raysyn.cluster.task_runs import load_sets, patients_of, refuse_leak, refuse_lineage, run_realism, run_task
 from raysyn.config import JobConfig, TaskConfig
 from raysyn.data.frames import read_arrays, write_frames
 from raysyn.data.phantom import phantom_patient
@@ -120,6 +120,18 @@ def test_frames_below_the_faithfulness_asked_for_are_left_out(sets) -> None:
     assert len(load_sets([real], real, TASK, min_faithfulness=0.5)["train"]) == 16  # real ones have none
     with pytest.raises(UserError, match=r"faithfulness of 0\.95 or more"):
         load_sets([made], real, TASK, min_faithfulness=0.95)
+
+
+def test_the_one_of_several_sets_that_holds_test_patients_is_named(sets, tmp_path) -> None:
+    real, made = sets
+    leak = write_set(tmp_path / "leak", {"train": range(3, 7), "validation": range(4, 6)})
+    with pytest.raises(UserError, match=rf"^{leak}: holds test patients \(phantom-s0-p00006\); refused"):
+        load_sets([made, leak, made], real, TASK)
+    train, test = read_arrays(made, "train"), read_arrays(real, "test")
+    refuse_leak(made, train, test)
+    train.mask_frame_id[1] = test.frame_id[2]  # a mask of a test frame, under another patient's name
+    with pytest.raises(UserError, match=rf"^{made}: .* drawn from their masks \({test.frame_id[2]}\); refused"):
+        refuse_leak(made, train, test)
 
 
 def test_a_model_fitted_on_test_patients_is_refused_whatever_it_drew(sets, tmp_path) -> None:

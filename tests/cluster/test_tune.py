@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 from raysyn.cluster.compare import compare
-from raysyn.cluster.task_runs import refuse_leak
 from raysyn.cluster.tune import _refit, check_nets, check_space, pareto_front, trial_task
 from raysyn.compose import load_job
 from raysyn.config import TaskConfig
-from raysyn.data.frames import read_arrays, write_frames
+from raysyn.data.frames import write_frames
 from raysyn.data.phantom import phantom_patient
 from raysyn.data.storage import Storage
 from raysyn.types import UserError
@@ -116,20 +115,6 @@ def test_the_front_holds_what_nothing_beats_at_full_budget() -> None:
 def test_a_trial_changes_only_what_was_searched() -> None:
     task = trial_task(TaskConfig(lr=1.0, width=7), {"lr": 0.5, "train_set": 1})
     assert (task.lr, task.width) == (0.5, 7)
-
-
-def test_test_patients_in_a_training_set_are_refused(tmp_path) -> None:
-    for patient in (0, 1):
-        write_frames(
-            Storage.at(tmp_path / str(patient)), "train/shard-00000.parquet", phantom_patient(0, patient, 64, "train")
-        )
-    a, b = (read_arrays(str(tmp_path / str(p))) for p in (0, 1))
-    refuse_leak({"train": a}, b)
-    with pytest.raises(UserError, match=r"train: holds test patients \(phantom-s0-p00000\)"):
-        refuse_leak({"train": a}, a)
-    a.mask_frame_id[1] = b.frame_id[2]  # a mask of a test frame, under another patient's name
-    with pytest.raises(UserError, match=rf"train: .* drawn from their masks \({b.frame_id[2]}\); refused"):
-        refuse_leak({"train": a}, b)
 
 
 @pytest.mark.cluster
