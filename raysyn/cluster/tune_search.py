@@ -57,6 +57,7 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
     )
     if records.exists(record):  # finished before a kill that Ray Tune's state did not see, or proposed once more
         known = records.read_json(record)
+        known["score"] = -np.inf if known["score"] is None else known["score"]
         tracker.log_metrics({"score": known["score"], "cpu_seconds": known["cost"]}, known["step"])
         tracker.finish()
         ray_tune.report(known)
@@ -191,7 +192,7 @@ def _results(grid: Any) -> tuple[list[dict[str, Any]], list[str]]:
     found: list[dict[str, Any]] = []
     errors: list[str] = []
     for result in grid:
-        if result.error is not None or not result.metrics or "score" not in result.metrics:
+        if result.error is not None or not result.metrics or not np.isfinite(result.metrics.get("score", np.nan)):
             errors.append(str(result.error).strip().splitlines()[-1] if result.error else "no score")
             continue
         params = {k: v for k, v in result.config.items() if k != "job"}

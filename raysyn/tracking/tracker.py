@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from raysyn.config import TrackingConfig
+from raysyn.data.storage import json_values
 from raysyn.tracking.entries import first_line, flatten, is_final, safe_key
 from raysyn.tracking.places import artifact_location, experiment_id, git_commit, open_client, tracking_uri
 
@@ -78,7 +79,7 @@ class Tracker:
         tracker._thread.start()
         if params:
             tracker.log_params(params)
-            whole = json.loads(json.dumps(params, default=str))
+            whole = json_values(json.loads(json.dumps(params, default=str)))
             tracker.on_server("config.json", lambda client, run_id: client.log_dict(run_id, whole, "config.json"))
         return tracker
 
@@ -148,7 +149,7 @@ class Tracker:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = {c: [row.get(c) for row in rows] for c in columns}
         content = {"columns": columns, "data": [list(values) for values in zip(*data.values())]}
-        text = json.dumps(content, default=str)
+        text = json.dumps(json_values(content), default=str)
         self.on_server(name, lambda client, run_id: client.log_text(run_id, text, f"{name.removesuffix('.json')}.json"))
 
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> int:
