@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
 MANIFEST = "manifest.json"
+PLACES = ("frames", "model_dir", "autoencoder")  # entries of manifests that say where something lies
 
 
 @dataclass
@@ -30,7 +32,7 @@ class StageDir:
         """What an earlier run finished here; None when there is no manifest, so work is to be done or resumed."""
         if not self.storage.exists(MANIFEST):
             return None
-        manifest = self.storage.read_json(MANIFEST)
+        manifest = read_manifest(self.storage)
         return Outcome(self.stage, self.path, self.fingerprint, manifest, skipped=True)
 
     def finish(self, manifest: dict[str, Any]) -> Outcome:
@@ -44,6 +46,27 @@ class StageDir:
         }
         self.storage.write_json(MANIFEST, manifest)
         return Outcome(self.stage, self.path, self.fingerprint, manifest)
+
+
+def read_manifest(storage: Storage) -> Any:
+    """The manifest in a stage's folder, places as they are now.
+
+    It names them as they were when it was written. A fingerprint names the same work wherever its storage was moved or
+    copied to, so what lies beside this stage now is taken first.
+    """
+    manifest = storage.read_json(MANIFEST)
+    root = storage.parent.parent
+    for key in (key for key in PLACES if isinstance(manifest, dict) and manifest.get(key)):
+        here = root.join(place) if (place := below_storage(manifest[key])) else root
+        if place and here.uri != manifest[key] and here.exists():
+            manifest[key] = here.uri
+    return manifest
+
+
+def below_storage(uri: str) -> str:
+    """`<stage>/<fingerprint>/…` of a place that a stage made, the same wherever its storage lies; "" for any other."""
+    found = re.search(r"/([a-z_]+/[0-9a-f]{16}(?:/.*)?)$", Storage.at(uri).path)
+    return found[1] if found else ""
 
 
 def lost_shards(stage: StageDir, manifest: Any) -> bool:

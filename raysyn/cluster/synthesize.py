@@ -153,6 +153,7 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
         num_function_evals=evaluations,
         threads=config.workers.threads_per_worker,
         key=f"synthesize {model.config.name} {sampler.solver} {sampler.num_steps}",
+        fitted_on=tuple(Storage.at(model_dir).read_json("model.json").get("patients", [])),
     )
 
 
@@ -251,6 +252,7 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "frames": stage.path,
         "model": spec.model,
         "model_dir": spec.model_dir,
+        "fitted_on": list(spec.fitted_on),
         **spec.settings,
         "num_frames": images,
         "num_attempts": attempts,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raysyn.cluster.board import reporter
-from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage import StageDir, below_storage, open_stage, read_manifest
 from raysyn.config import JobConfig, TaskConfig, fingerprint
 from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
@@ -50,29 +50,45 @@ def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
 def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
     """Raises UserError when the models behind synthetic sets (diffusion model, its autoencoder) were fitted on test patients.
 
-    The way back is by manifests: the set's names its model's folder, whose stage's names the frames it was fitted on
-    and its autoencoder; a model folder that was copied elsewhere names its patients itself. Where a set or model is not
-    of our making the way ends, and its own patients are all there is.
+    The way back is by manifests: the set's names its model's folder (and whom that was fitted on, which holds wherever
+    the set is taken), that stage's names the frames it was fitted on and its autoencoder; a model folder names its
+    patients itself. Where a set is not of our making the way ends, and its own patients are all there is. A model that
+    is neither found nor known by its set's manifest is refused as well.
     """
     tested = set(test.patient_id)
-    todo = [("", uri) for uri in train_sets]
+    todo = [("", _with_manifest(Storage.at(uri))) for uri in train_sets]
     seen: set[str] = set()
     while todo:
-        what, uri = todo.pop()
-        storage = _with_manifest(Storage.at(uri))
+        what, storage = todo.pop()
         if storage.uri in seen or not storage.exists("manifest.json"):
             continue
         seen.add(storage.uri)
-        manifest = storage.read_json("manifest.json")
-        if what:
-            _refuse_fitted(what, uri, tested & patients_of(manifest["frames"], ("train", "validation")))
-        for key in ("model_dir", "autoencoder"):
-            if manifest.get(key) and not (what and key == "model_dir"):
-                kind = "autoencoder" if key == "autoencoder" else "model"
-                model = Storage.at(manifest[key])
-                if model.exists("model.json"):
-                    _refuse_fitted(kind, model.uri, tested & set(model.read_json("model.json").get("patients", [])))
-                todo.append((kind, model.parent.uri))
+        manifest = read_manifest(storage)
+        known = not what and manifest.get("fitted_on")
+        _refuse_fitted("model", storage.uri, tested & set(known or ()))
+        for key, kind in (("model_dir", "model"), ("autoencoder", "autoencoder")):
+            if not manifest.get(key) or (what and key == "model_dir"):
+                continue
+            model = Storage.at(manifest[key])
+            patients = _fitted_on(model)
+            if patients is None and not known:
+                raise UserError(
+                    f"{storage.uri}: whom its {kind} was fitted on cannot be told, {model.uri} is not there or says "
+                    "nothing of it; put it back, there or below the same storage"
+                )
+            _refuse_fitted(kind, model.uri, tested & (patients or set()))
+            todo.append((kind, model.parent))
+
+
+def _fitted_on(model: Storage) -> set[str] | None:
+    """Patients that a model folder and its stage's frames name; None where what would name them is not there."""
+    found = set(model.read_json("model.json").get("patients", [])) if model.exists("model.json") else None
+    if not model.parent.exists("manifest.json"):
+        return found  # perhaps of somebody else's making, who names none
+    frames = read_manifest(model.parent).get("frames")
+    if frames and Storage.at(frames).exists():
+        return (found or set()) | patients_of(frames, ("train", "validation"))
+    return found or None
 
 
 def _with_manifest(storage: Storage) -> Storage:
@@ -208,9 +224,8 @@ def run_realism(
     with `segmenter_dir`, a task model trained on real frames, faithfulness), `worst_pairs`, and where pairs were found
     their picture `worst_pairs.png`. The first extractor finds the pairs; the others add their own distances.
     """
-    key = fingerprint(
-        REALISM_VERSION, list(extractors), set_fingerprint(train_set), set_fingerprint(real), segmenter_dir
-    )
+    segmenter = segmenter_dir and (below_storage(segmenter_dir) or segmenter_dir)  # the same after a move
+    key = fingerprint(REALISM_VERSION, list(extractors), set_fingerprint(train_set), set_fingerprint(real), segmenter)
     stage = open_stage(job.storage, "realism", key)
     done = stage.outcome()
     if done is not None:

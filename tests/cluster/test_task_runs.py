@@ -171,6 +171,31 @@ def test_a_model_that_was_copied_elsewhere_still_names_its_patients(sets, tmp_pa
             refuse_lineage([drawn], test)
 
 
+def test_a_model_behind_a_set_is_found_after_a_move_and_refused_when_it_is_nowhere(sets, tmp_path) -> None:
+    real, _ = sets
+    test, runs = read_arrays(real, "test"), tmp_path / "runs"
+    other = write_set(runs / "prepare" / ("a" * 16), {"train": range(6, 8)}, manifest={"fingerprint": "other"})
+    fitted = Storage.at(runs / "fit" / ("b" * 16))
+    fitted.write_json("model/model.json", {})
+    fitted.write_json("manifest.json", {"frames": other, "model_dir": f"{fitted.uri}/model", "autoencoder": ""})
+    manifest = {"fingerprint": "drawn", "model_dir": f"{fitted.uri}/model"}
+    write_set(runs / "synthesize" / ("c" * 16), {"train": range(2)}, manifest=manifest, change=synthetic)
+    moved = runs.rename(tmp_path / "runs2")
+    drawn = moved / "synthesize" / ("c" * 16)
+    with pytest.raises(UserError, match=r"runs2/fit/b+/model: this model was fitted on test patients"):
+        refuse_lineage([str(drawn)], test)
+    alone = drawn.rename(tmp_path / "alone")
+    with pytest.raises(
+        UserError, match=r"alone: whom its model was fitted on cannot be told, .*runs/fit/b+/model is not"
+    ):
+        refuse_lineage([str(alone)], test)
+    Storage.at(alone).write_json("manifest.json", {**manifest, "fitted_on": ["stranger"]})
+    refuse_lineage([str(alone)], test)
+    Storage.at(alone).write_json("manifest.json", {**manifest, "fitted_on": ["stranger", test.patient_id[0]]})
+    with pytest.raises(UserError, match="alone: this model was fitted on test patients"):
+        refuse_lineage([str(alone)], test)
+
+
 def test_sets_of_two_sizes_are_refused(sets, tmp_path) -> None:
     real, _ = sets
     small = write_set(tmp_path / "small", {"train": range(2), "validation": range(4, 5)}, size=32)
