@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from dataclasses import dataclass, field
@@ -70,22 +71,34 @@ def below_storage(uri: str) -> str:
 
 
 def lost_shards(stage: StageDir, manifest: Any) -> bool:
-    """Whether shards of a finished frame set are gone or cut off; if so they are removed and it is unfinished again.
+    """Whether shards of a finished frame set are gone or damaged; if so they are removed and it is unfinished again.
 
-    Raises UserError for a manifest that tells of no shards.
+    In a folder each shard's bytes are compared with its sha256 (a second for 1 to 2 GB); of an object store, where that
+    would fetch the whole set and objects do not rot, only sizes. Raises UserError for a manifest that tells of no shards.
     """
     sizes = stage.storage.sizes(suffix=".parquet")
     try:
-        lost = [record["name"] for record in manifest["shards"] if sizes.get(record["name"]) != record["bytes"]]
+        lost = [
+            record["name"]
+            for record in manifest["shards"]
+            if sizes.get(record["name"]) != record["bytes"] or not _as_written(stage.storage, record)
+        ]
     except (KeyError, TypeError):
         where = stage.storage.locate(MANIFEST)
         raise UserError(f"{where}: tells of no shards, so it was altered; remove it and run again") from None
     if lost:
-        says = f"{len(lost)} shards of {stage.path} are gone or cut off, first {lost[0]}; making them again"
+        says = f"{len(lost)} shards of {stage.path} are gone or damaged, first {lost[0]}; making them again"
         print(f"{stage.stage}: {says}", flush=True)
         for name in (MANIFEST, *lost):
             stage.storage.remove(name)
     return bool(lost)
+
+
+def _as_written(storage: Storage, record: Any) -> bool:
+    if not storage.is_local:
+        return True
+    with storage.open_input(record["name"]) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
 
 
 def open_stage(storage_uri: str, stage: str, fingerprint: str, *, overwrite: bool = False) -> StageDir:
