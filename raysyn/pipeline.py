@@ -20,6 +20,7 @@ from torch import Tensor
 
 from raysyn.compose import build
 from raysyn.config import ModelConfig, SamplerConfig, to_dict
+from raysyn.data.storage import json_values
 from raysyn.diffusion.generate import AMP_DTYPES, generate
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
 from raysyn.labels import semantic_index
@@ -146,7 +147,8 @@ def save_model(
     if isinstance(codec, LatentCodec):
         codec.vae.save_pretrained(folder / "vae")
         index["vae"] = ["raysyn", "GammaVAE"]
-    settings = {"format": FORMAT, "image_size": image_size, "config": to_dict(config)}
+    # `build` reads the text "inf" back; as a number JSON has none
+    settings = {"format": FORMAT, "image_size": image_size, "config": json_values(to_dict(config), str)}
     (folder / "model_index.json").write_text(json.dumps({**index, "settings": settings}, indent=2))
     sha256 = weights_sha256(folder)
     (folder / "README.md").write_text(model_card(config, image_size, sha256, facts or {}))

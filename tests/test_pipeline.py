@@ -99,6 +99,25 @@ def test_the_folder_holds_both_weights_config_and_card(folder) -> None:
     assert model.image_size == SIZE
 
 
+def test_what_a_model_folder_says_is_json_to_every_reader_and_the_older_form_is_read(folder, tmp_path) -> None:
+    import shutil
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    for name in ("model.json", "model_index.json"):
+        json.loads((folder / name).read_text(), parse_constant=refuse)
+    older = shutil.copytree(folder, tmp_path / "older")
+    for name in ("model.json", "model_index.json"):
+        text = (older / name).read_text()
+        assert text.count('"inf"') == 1
+        (older / name).write_text(text.replace('"inf"', "Infinity"))
+    read = [load_model_dir(place).config.sampler for place in (folder, older)]
+    assert read[0] == read[1]
+    assert read[0].guidance_sigma_max == float("inf")
+    assert SemanticDiffusionPipeline.from_pretrained(older).model.config.sampler == read[0]
+
+
 def test_the_view_reaches_the_image(folder, maps) -> None:
     model = load_model_dir(folder)
     views = np.array([0, 1], np.uint8)

@@ -228,14 +228,15 @@ def check_extractors(extractors: list[str]) -> None:
 def check_rows(config: CompareJob) -> None:
     """Raise UserError for a model, a task's net or a search that cannot work, before any work."""
     from raysyn.cluster.fit import check
-    from raysyn.cluster.tune import check_search
+    from raysyn.cluster.tune_space import check_nets, check_search
     from raysyn.tasks.nets import check_net
 
     for model in config.models:
         check(_job(FitJob, config, model=model))
     for kind in TASKS:
         check_net(getattr(config, kind), config.data.image_size)
-    check_search(_job(TuneJob, config, task=config.segmentation, search=config.search))
+    search = _job(TuneJob, config, task=config.segmentation, search=config.search)
+    check_nets(check_search(search), search)
 
 
 def compare(config: CompareJob) -> Outcome:

@@ -69,6 +69,7 @@ def fit(config: FitJob) -> Outcome:
 
     Prepares the frames if need be. Raises UserError for bad input, Resumable when stopped with a checkpoint written.
     """
+    from raysyn.cluster.fit_log import log_missing
     from raysyn.cluster.inputs import prepare, prepare_fingerprint
 
     check(config)
@@ -79,6 +80,7 @@ def fit(config: FitJob) -> Outcome:
         return plan(config)
     frames = prepare_fingerprint(config)
     if not config.overwrite and (done := _finished(config, frames)) is not None:
+        log_missing(config, done)
         return done
     at_once = config.workers.min_workers or config.workers.num_workers
     with ray_session(config.ray, config.workers, at_once), watch(lambda: f"fit {config.model.name}"):

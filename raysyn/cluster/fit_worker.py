@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raysyn.cluster.board import relay_warnings, reporter
 from raysyn.cluster.fit import BAD_INPUT, STOP
 from raysyn.cluster.fit_build import Built, WorkerJob, build, compile_net
+from raysyn.cluster.fit_log import LOGGED, log_fitted
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
 from raysyn.cluster.metrics_export import count
 from raysyn.cluster.session import in_foreground
@@ -25,7 +25,6 @@ from raysyn.config import to_dict
 from raysyn.data.storage import Storage
 from raysyn.diffusion.batching import keep_freed_memory
 from raysyn.diffusion.ema import EMA
-from raysyn.labels import semantic_index
 from raysyn.metrics.cost import Cost, measured
 from raysyn.pipeline import save_model, weights_sha256
 from raysyn.tracking import Tracker
@@ -237,8 +236,8 @@ def _save(
         folder = Path(temporary) / "model"
         facts["checkpoint_sha256"] = _write_model(folder, job, state, built, facts)
         storage.upload_tree(folder, "model")
-        if job.what == "diffusion":
-            _log_model(job, outside, folder, built)
+        if job.what == "diffusion" and job.config.tracking.enabled:
+            facts[LOGGED] = log_fitted(outside.tracker, job.title, folder, built.validation or built.train)
     curves = {"loss": progress.losses, "validation": progress.validations, "rollbacks": progress.rollbacks}
     storage.write_json("history.json", curves)
     return {
@@ -266,20 +265,3 @@ def _write_model(folder: Path, job: WorkerJob, state: TrainState, built: Built, 
     seen = [frames.patient_id for frames in (built.train, built.validation) if frames is not None]
     patients = sorted({str(patient) for part in seen for patient in part})
     return save_model(folder, averaged, model, built.codec, job.config.model, size, data, patients)
-
-
-def _log_model(job: WorkerJob, outside: _Outside, folder: Path, built: Built) -> None:
-    """The model itself as an MLflow model. A server that is away costs a warning, not the fit."""
-    if not job.config.tracking.enabled:
-        return
-    from raysyn.tracking.model import log_model
-
-    frames = built.validation or built.train
-    example = semantic_index(frames.label_map[:1], frames.view[:1].astype(np.uint8))
-    try:
-        run_id = outside.tracker.wait_run_id()
-        if run_id is None:
-            raise ConnectionError("it does not answer")
-        log_model(outside.tracker.uri, run_id, folder, example=example)
-    except Exception as error:  # whatever MLflow raises: the model is safe in the storage already
-        log.warning("MLflow did not take the model of %s: %s", job.title, str(error).splitlines()[0])

@@ -42,7 +42,7 @@ class SynthesisSpec:
     """All that a worker needs. `sampler` is a factory "module:function" called with this spec, on the worker.
 
     `settings` (checkpoint, sampler, amp, warp) enters every frame_id and each shard's metadata; `model` and
-    `num_function_evals` fill the provenance columns.
+    `num_function_evals` fill the provenance columns. `fitted_on` are the patients that the model names.
     """
 
     plan: RequestPlan
@@ -59,6 +59,7 @@ class SynthesisSpec:
     threads: int
     key: str
     sampler: str = "raysyn.cluster.model_sampler:ModelSampler"
+    fitted_on: tuple[str, ...] = ()
 
 
 def _load(path: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +12,7 @@ from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
 MANIFEST = "manifest.json"
+PLACES = ("frames", "model_dir", "autoencoder")  # entries of manifests that say where something lies
 
 
 @dataclass
@@ -30,7 +33,7 @@ class StageDir:
         """What an earlier run finished here; None when there is no manifest, so work is to be done or resumed."""
         if not self.storage.exists(MANIFEST):
             return None
-        manifest = self.storage.read_json(MANIFEST)
+        manifest = read_manifest(self.storage)
         return Outcome(self.stage, self.path, self.fingerprint, manifest, skipped=True)
 
     def finish(self, manifest: dict[str, Any]) -> Outcome:
@@ -46,23 +49,56 @@ class StageDir:
         return Outcome(self.stage, self.path, self.fingerprint, manifest)
 
 
-def lost_shards(stage: StageDir, manifest: Any) -> bool:
-    """Whether shards of a finished frame set are gone or cut off; if so they are removed and it is unfinished again.
+def read_manifest(storage: Storage) -> Any:
+    """The manifest in a stage's folder, places as they are now.
 
-    Raises UserError for a manifest that tells of no shards.
+    It names them as they were when it was written. A fingerprint names the same work wherever its storage was moved or
+    copied to, so what lies beside this stage now is taken first.
+    """
+    manifest = storage.read_json(MANIFEST)
+    root = storage.parent.parent
+    for key in (key for key in PLACES if isinstance(manifest, dict) and manifest.get(key)):
+        here = root.join(place) if (place := below_storage(manifest[key])) else root
+        if place and here.uri != manifest[key] and here.exists():
+            manifest[key] = here.uri
+    return manifest
+
+
+def below_storage(uri: str) -> str:
+    """`<stage>/<fingerprint>/…` of a place that a stage made, the same wherever its storage lies; "" for any other."""
+    found = re.search(r"/([a-z_]+/[0-9a-f]{16}(?:/.*)?)$", Storage.at(uri).path)
+    return found[1] if found else ""
+
+
+def lost_shards(stage: StageDir, manifest: Any) -> bool:
+    """Whether shards of a finished frame set are gone or damaged; if so they are removed and it is unfinished again.
+
+    In a folder each shard's bytes are compared with its sha256 (a second for 1 to 2 GB); of an object store, where that
+    would fetch the whole set and objects do not rot, only sizes. Raises UserError for a manifest that tells of no shards.
     """
     sizes = stage.storage.sizes(suffix=".parquet")
     try:
-        lost = [record["name"] for record in manifest["shards"] if sizes.get(record["name"]) != record["bytes"]]
+        lost = [
+            record["name"]
+            for record in manifest["shards"]
+            if sizes.get(record["name"]) != record["bytes"] or not _as_written(stage.storage, record)
+        ]
     except (KeyError, TypeError):
         where = stage.storage.locate(MANIFEST)
         raise UserError(f"{where}: tells of no shards, so it was altered; remove it and run again") from None
     if lost:
-        says = f"{len(lost)} shards of {stage.path} are gone or cut off, first {lost[0]}; making them again"
+        says = f"{len(lost)} shards of {stage.path} are gone or damaged, first {lost[0]}; making them again"
         print(f"{stage.stage}: {says}", flush=True)
         for name in (MANIFEST, *lost):
             stage.storage.remove(name)
     return bool(lost)
+
+
+def _as_written(storage: Storage, record: Any) -> bool:
+    if not storage.is_local:
+        return True
+    with storage.open_input(record["name"]) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
 
 
 def open_stage(storage_uri: str, stage: str, fingerprint: str, *, overwrite: bool = False) -> StageDir:

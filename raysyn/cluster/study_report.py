@@ -52,12 +52,13 @@ def _identity(config: CompareJob, row: Any) -> dict[str, Any]:
 
 
 def _task_scores(config: CompareJob, key: str, task: str, result: GraphResult) -> dict[str, Any] | None:
-    """Scores of a row's task, their mean over seeds; None when a run is missing."""
+    """Scores of a row's task, their mean over seeds; None when a run is missing, and for a score that one has not."""
     runs = [result.results.get(f"{task} {key} seed {seed}") for seed in range(config.num_task_seeds)]
     if any(run is None for run in runs):
         return None
     all_scores = [run.manifest["scores"] for run in runs if run is not None]
-    means = {k: sum(s[k] for s in all_scores) / len(all_scores) for k in all_scores[0]}
+    of = {k: [s[k] for s in all_scores] for k in all_scores[0]}
+    means = {k: None if None in values else sum(values) / len(values) for k, values in of.items()}
     seconds = sum(run.manifest["cpu_seconds"] for run in runs if run is not None)
     return {**means, f"cost/{task}_cpu_seconds": seconds}
 
@@ -88,7 +89,7 @@ def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
     stages = {"fit": _fit_cost(fitted, net["gflops_per_evaluation"])}
     if autoencoder is not None:
         stages["autoencoder"] = _fit_cost(autoencoder, net["gflops_encode"] + net["gflops_decode"])
-    stages |= sampling_costs(made, net)
+    stages |= sampling_costs(made, net, cached=config.synthesize.modulation_cache_bytes > 0)
     return {
         "num_function_evals": made["num_function_evals"],
         "seconds_per_image": made["seconds_per_image"],
@@ -99,13 +100,16 @@ def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
     }
 
 
-def sampling_costs(made: dict[str, Any], net: dict[str, float]) -> dict[str, Cost]:
+def sampling_costs(made: dict[str, Any], net: dict[str, float], *, cached: bool = True) -> dict[str, Cost]:
     """What a set's drawing cost by its manifest: `sample`, `decode` (latent models), `rejected` attempts; each amount once.
 
     Wall time and peaks stand under `sample` for all three. The GPU's energy is shared out by the seconds it was held.
+    FLOPs are counted as the sampler computes: with its cache (`cached`) SPADE's modulations once an image.
     """
     whole, decode, rejected = (_seconds(made, part) for part in ("", "decode_", "rejected_"))
-    flops = (made["num_function_evals"] * net["gflops_per_evaluation"] * 1e9, net["gflops_decode"] * 1e9)
+    spared = (made["num_function_evals"] - 1) * net["gflops_modulations"] if cached else 0.0
+    gflops = made["num_function_evals"] * net["gflops_per_evaluation"] - spared
+    flops = (gflops * 1e9, net["gflops_decode"] * 1e9)
     kept, thrown = made["num_attempts"] - made["num_rejected"], made["num_rejected"]
     evaluations, energy = made["num_function_evals"], made["energy_joules"]
     found = {

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from typing import Any
 
 from raysyn.cluster.sampler_actor import SynthesisSpec
 from raysyn.cluster.stage import StageDir
 from raysyn.data.frames import open_shard
 from raysyn.data.requests import RequestPlan
+from raysyn.data.storage import json_values
 from raysyn.types import UserError
 
 PLAN = "plan.json"
-
-
-def json_values(value: Any) -> Any:
-    """`value` with null for "no bound": JSON has no infinity, and most readers refuse a file with one."""
-    if isinstance(value, dict):
-        return {key: json_values(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def claim(stage: StageDir, spec: SynthesisSpec) -> SynthesisSpec:

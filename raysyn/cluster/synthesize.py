@@ -24,12 +24,12 @@ from raysyn.cluster.sampler_actor import SUMMED, ShardWriter, SynthesisSpec, fai
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, lost_shards, open_stage
 from raysyn.cluster.synthesis_card import write_card
-from raysyn.cluster.synthesis_folder import claim, json_values, refuse_foreign
+from raysyn.cluster.synthesis_folder import claim, refuse_foreign
 from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
 from raysyn.data.frames import frame_files, read_light
 from raysyn.data.requests import RequestPlan
 from raysyn.data.schema import SCHEMA_VERSION
-from raysyn.data.storage import Storage
+from raysyn.data.storage import Storage, json_values
 from raysyn.types import Outcome, UserError
 
 PACKAGES = ("torch", "diffusers", "numpy", "pyarrow", "pillow")
@@ -153,6 +153,7 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
         num_function_evals=evaluations,
         threads=config.workers.threads_per_worker,
         key=f"synthesize {model.config.name} {sampler.solver} {sampler.num_steps}",
+        fitted_on=tuple(Storage.at(model_dir).read_json("model.json").get("patients", [])),
     )
 
 
@@ -251,7 +252,8 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "frames": stage.path,
         "model": spec.model,
         "model_dir": spec.model_dir,
-        **json_values(spec.settings),
+        "fitted_on": list(spec.fitted_on),
+        **spec.settings,
         "num_frames": images,
         "num_attempts": attempts,
         "num_rejected": attempts - images,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from raysyn.cluster.board import reporter
-from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage import StageDir, below_storage, open_stage, read_manifest
 from raysyn.config import JobConfig, TaskConfig, fingerprint
 from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
@@ -27,18 +27,17 @@ def set_fingerprint(uri: str) -> str:
     return storage.read_json("manifest.json")["fingerprint"] if storage.exists("manifest.json") else uri
 
 
-def refuse_leak(sets: dict[str, FrameArrays], test: FrameArrays) -> None:
-    """Raises UserError when a patient of the test frames, or one of their masks, is among those a set was made from."""
-    tested, maps = set(test.patient_id), set(test.frame_id)
-    for name, frames in sets.items():
-        seen = sorted(tested & set(frames.patient_id))
-        if seen:
-            raise UserError(
-                f"{name}: holds test patients ({', '.join(seen[:3])}{', …' if len(seen) > 3 else ''}); refused"
-            )
-        used = sorted(maps & {*frames.mask_frame_id, *frames.frame_id})
-        if used:
-            raise UserError(f"{name}: holds test frames or was drawn from their masks ({used[0]}); refused")
+def refuse_leak(uri: str, frames: FrameArrays, test: FrameArrays) -> None:
+    """Raises UserError, naming the set `uri`, when its frames hold a test patient or were made from a test frame's mask."""
+    if seen := sorted(set(test.patient_id) & set(frames.patient_id)):
+        raise UserError(f"{uri}: holds test patients ({_few(seen)}); refused")
+    if used := sorted(set(test.frame_id) & {*frames.mask_frame_id, *frames.frame_id}):
+        raise UserError(f"{uri}: holds test frames or was drawn from their masks ({_few(used)}); refused")
+
+
+def _few(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
 
 
 def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
@@ -51,29 +50,45 @@ def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
 def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
     """Raises UserError when the models behind synthetic sets (diffusion model, its autoencoder) were fitted on test patients.
 
-    The way back is by manifests: the set's names its model's folder, whose stage's names the frames it was fitted on
-    and its autoencoder; a model folder that was copied elsewhere names its patients itself. Where a set or model is not
-    of our making the way ends, and its own patients are all there is.
+    The way back is by manifests: the set's names its model's folder (and whom that was fitted on, which holds wherever
+    the set is taken), that stage's names the frames it was fitted on and its autoencoder; a model folder names its
+    patients itself. Where a set is not of our making the way ends, and its own patients are all there is. A model that
+    is neither found nor known by its set's manifest is refused as well.
     """
     tested = set(test.patient_id)
-    todo = [("", uri) for uri in train_sets]
+    todo = [("", _with_manifest(Storage.at(uri))) for uri in train_sets]
     seen: set[str] = set()
     while todo:
-        what, uri = todo.pop()
-        storage = _with_manifest(Storage.at(uri))
+        what, storage = todo.pop()
         if storage.uri in seen or not storage.exists("manifest.json"):
             continue
         seen.add(storage.uri)
-        manifest = storage.read_json("manifest.json")
-        if what:
-            _refuse_fitted(what, uri, tested & patients_of(manifest["frames"], ("train", "validation")))
-        for key in ("model_dir", "autoencoder"):
-            if manifest.get(key) and not (what and key == "model_dir"):
-                kind = "autoencoder" if key == "autoencoder" else "model"
-                model = Storage.at(manifest[key])
-                if model.exists("model.json"):
-                    _refuse_fitted(kind, model.uri, tested & set(model.read_json("model.json").get("patients", [])))
-                todo.append((kind, model.parent.uri))
+        manifest = read_manifest(storage)
+        known = not what and manifest.get("fitted_on")
+        _refuse_fitted("model", storage.uri, tested & set(known or ()))
+        for key, kind in (("model_dir", "model"), ("autoencoder", "autoencoder")):
+            if not manifest.get(key) or (what and key == "model_dir"):
+                continue
+            model = Storage.at(manifest[key])
+            patients = _fitted_on(model)
+            if patients is None and not known:
+                raise UserError(
+                    f"{storage.uri}: whom its {kind} was fitted on cannot be told, {model.uri} is not there or says "
+                    "nothing of it; put it back, there or below the same storage"
+                )
+            _refuse_fitted(kind, model.uri, tested & (patients or set()))
+            todo.append((kind, model.parent))
+
+
+def _fitted_on(model: Storage) -> set[str] | None:
+    """Patients that a model folder and its stage's frames name; None where what would name them is not there."""
+    found = set(model.read_json("model.json").get("patients", [])) if model.exists("model.json") else None
+    if not model.parent.exists("manifest.json"):
+        return found  # perhaps of somebody else's making, who names none
+    frames = read_manifest(model.parent).get("frames")
+    if frames and Storage.at(frames).exists():
+        return (found or set()) | patients_of(frames, ("train", "validation"))
+    return found or None
 
 
 def _with_manifest(storage: Storage) -> Storage:
@@ -85,8 +100,7 @@ def _with_manifest(storage: Storage) -> Storage:
 
 def _refuse_fitted(what: str, uri: str, patients: set[str]) -> None:
     if patients:
-        named = ", ".join(sorted(patients)[:3])
-        raise UserError(f"{uri}: this {what} was fitted on test patients ({named}); refused")
+        raise UserError(f"{uri}: this {what} was fitted on test patients ({_few(patients)}); refused")
 
 
 def load_sets(
@@ -97,21 +111,20 @@ def load_sets(
     Synthetic frames of a known faithfulness below `min_faithfulness` are left out. Raises UserError for an empty set, a
     leak, or images of several sizes.
     """
-    sets = {
-        "train": FrameArrays.concatenate([_faithful(uri, "train", min_faithfulness) for uri in train_sets]),
-        "validation": FrameArrays.concatenate(
-            [
-                _faithful(uri, "validation", min_faithfulness)
-                for uri in ([real] if task.validate_on == "real" else train_sets)
-            ]
-        ),
-    }
-    if task.real_fraction > 0:
-        sets["real"] = read_arrays(real, "train")
     test = read_arrays(real, "test")
     if len(test) == 0:
         raise UserError(f"{real}: no test frames; a task is tested on real frames of patients that no model saw")
-    refuse_leak(sets, test)
+
+    def read(uris: list[str], split: str, threshold: float = min_faithfulness) -> FrameArrays:
+        parts = [_faithful(uri, split, threshold) for uri in uris]
+        for uri, part in zip(uris, parts):
+            refuse_leak(uri, part, test)
+        return FrameArrays.concatenate(parts)
+
+    validated = [real] if task.validate_on == "real" else train_sets
+    sets = {"train": read(train_sets, "train"), "validation": read(validated, "validation")}
+    if task.real_fraction > 0:
+        sets["real"] = read([real], "train", 0.0)
     refuse_lineage(train_sets, test)
     sizes = sorted({some.image_u8.shape[1:] for some in (*sets.values(), test)})
     if len(sizes) > 1:
@@ -205,9 +218,8 @@ def run_realism(
     with `segmenter_dir`, a task model trained on real frames, faithfulness), `worst_pairs`, and where pairs were found
     their picture `worst_pairs.png`. The first extractor finds the pairs; the others add their own distances.
     """
-    key = fingerprint(
-        REALISM_VERSION, list(extractors), set_fingerprint(train_set), set_fingerprint(real), segmenter_dir
-    )
+    segmenter = segmenter_dir and (below_storage(segmenter_dir) or segmenter_dir)  # the same after a move
+    key = fingerprint(REALISM_VERSION, list(extractors), set_fingerprint(train_set), set_fingerprint(real), segmenter)
     stage = open_stage(job.storage, "realism", key)
     done = stage.outcome()
     if done is not None:
@@ -225,7 +237,7 @@ def run_realism(
     )
 
     frames, test = read_arrays(train_set, "train"), read_arrays(real, "test")
-    refuse_leak({train_set: frames}, test)
+    refuse_leak(train_set, frames, test)
     refuse_lineage([train_set], test)
     train = frames if train_set == real else read_arrays(real, "train")
     check_enough(frames=frames, reference_frames=test, baseline_frames=train)

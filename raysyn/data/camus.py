@@ -223,8 +223,8 @@ def _index_old(root: Path, policy: str) -> Index:
         split = "validation" if i < NUM_OLD_VALIDATION_PATIENTS else "train"
         patients.append(_index_patient(root / "training", name, name, split, "mhd", problems, digest))
     testing = root / "testing"
-    tests = _patient_folders(testing) if is_folder(testing) else []
-    if not any(any(testing.glob(f"{name}/*_gt.mhd")) for name in tests):
+    tests = _files_of_patients(testing, problems) if is_folder(testing) else {}
+    if not any(file.endswith("_gt.mhd") for files in tests.values() for file in files):
         return Index(patients, problems.skipped, digest.hexdigest(), [NO_TEST])
     for name in tests:
         patients.append(_index_patient(testing, name, f"testing_{name}", "test", "mhd", problems, digest))
@@ -236,6 +236,17 @@ def _patient_folders(folder: Path) -> list[str]:
         return [name for name in folder_names(folder, "folder") if PATIENT.fullmatch(name)]
     except BadPicture as bad:
         raise UserError(f"{bad.file}: {bad.reason}") from None
+
+
+def _files_of_patients(folder: Path, problems: Problems) -> dict[str, list[str]]:
+    """patient → names in its folder; a folder that cannot be read is a problem and left out."""
+    found = {}
+    for name in _patient_folders(folder):
+        try:
+            found[name] = list(folder_names(folder / name))
+        except BadPicture as bad:
+            problems.add(bad.file, bad.reason)
+    return found
 
 
 def _index_patient(

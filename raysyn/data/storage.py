@@ -10,11 +10,12 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import secrets
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -191,8 +192,9 @@ class Storage:
             raise UserError(f"{self.locate(name)}: not readable as JSON ({error}); remove it and run again") from None
 
     def write_json(self, name: str, value: Any) -> None:
-        """A JSON file, indented, keys in the order given, written atomically."""
-        self.write_atomic(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        """A JSON file, indented, keys in the order given, written atomically; null for a number that is not finite."""
+        text = json.dumps(json_values(value), indent=1, ensure_ascii=False, allow_nan=False)
+        self.write_atomic(name, f"{text}\n".encode())
 
     def remove(self, name: str) -> None:
         """Remove one file; one that is not there is fine."""
@@ -227,6 +229,15 @@ class Storage:
         target, start = Storage.at(folder), len(name.rstrip("/")) + 1 if name else 0
         for file in self.list(name):
             target.write_atomic(file[start:], self.read_bytes(file))
+
+
+def json_values(value: Any, spelled: Callable[[float], Any] = lambda number: None) -> Any:
+    """`value` with null, or as it is `spelled`, for infinity and NaN: JSON has neither, and most readers refuse them."""
+    if isinstance(value, dict):
+        return {key: json_values(each, spelled) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(each, spelled) for each in value]
+    return spelled(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_temporary(name: str) -> bool:

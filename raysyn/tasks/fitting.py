@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from raysyn.compose import build
 from raysyn.config import AugmentConfig, TaskConfig, to_dict
+from raysyn.data.storage import json_values
 from raysyn.training_batches import frames_at, generator_of, torch_seed, warp_matrices, warp_pair
 from raysyn.types import FrameArrays, UserError
 
@@ -54,7 +55,7 @@ class FittedTask:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "task.safetensors")
         facts = {"task": to_dict(self.task), "image_size": self.image_size, "best_score": self.best_score}
-        (folder / "task.json").write_text(json.dumps(facts, indent=2))
+        (folder / "task.json").write_text(json.dumps(json_values(facts, str), indent=2))
 
 
 def task_sha256(folder: str | Path) -> str:
@@ -79,7 +80,7 @@ def load_task(folder: str | Path) -> FittedTask:
         net.load_state_dict(load_file(folder / "task.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: not a task model ({str(error).splitlines()[0]})") from None
-    return FittedTask(net.eval(), task, facts["image_size"], facts["best_score"])
+    return FittedTask(net.eval(), task, facts["image_size"], float(facts["best_score"]))
 
 
 def normalise(image_01: Tensor, how: str) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from raysyn.config import TrackingConfig
+from raysyn.data.storage import json_values
 from raysyn.tracking.entries import first_line, flatten, is_final, safe_key
 from raysyn.tracking.places import artifact_location, experiment_id, git_commit, open_client, tracking_uri
 
@@ -77,7 +78,7 @@ class Tracker:
         tracker._thread.start()
         if params:
             tracker.log_params(params)
-            whole = json.loads(json.dumps(params, default=str))
+            whole = json_values(json.loads(json.dumps(params, default=str)))
             tracker.on_server("config.json", lambda client, run_id: client.log_dict(run_id, whole, "config.json"))
         return tracker
 

@@ -16,7 +16,7 @@ MADE = {
     **{"gpu_seconds": 8.0, "decode_gpu_seconds": 1.0, "rejected_gpu_seconds": 2.0, "energy_joules": 400.0},
     **{"num_attempts": 12, "num_rejected": 2, "num_function_evals": 5, "peak_memory_mb": 99, "peak_gpu_memory_mb": 9},
 }
-NET = {"gflops_per_evaluation": 3.0, "gflops_decode": 7.0}
+NET = {"gflops_per_evaluation": 3.0, "gflops_modulations": 1.0, "gflops_decode": 7.0}
 
 
 def test_the_parts_of_a_drawing_add_up() -> None:
@@ -28,7 +28,9 @@ def test_the_parts_of_a_drawing_add_up() -> None:
     assert columns["cost/rejected_energy_joules"] == pytest.approx(100)
     assert columns["cost/total_num_function_evals"] == 60
     assert columns["cost/sample_num_function_evals"] == 50
-    assert columns["cost/total_flops"] == pytest.approx(12 * (5 * 3e9 + 7e9))
+    assert columns["cost/total_flops"] == pytest.approx(12 * (5 * 2e9 + 1e9 + 7e9)), "modulations once an image"
+    plain = sampling_costs(MADE, NET, cached=False)
+    assert plain["sample"].flops == pytest.approx(10 * 5 * 3e9)
     assert columns["cost/total_wall_seconds"] == 12
     assert "cost/decode_wall_seconds" not in columns, "no one measured it"
     pixel = sampling_costs({**MADE, "energy_joules": None}, {**NET, "gflops_decode": 0.0})

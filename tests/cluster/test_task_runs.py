@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raysyn.cluster import task_runs
-from raysyn.cluster.task_runs import load_sets, patients_of, refuse_lineage, run_realism, run_task
+from raysyn.cluster.task_runs import load_sets, patients_of, refuse_leak, refuse_lineage, run_realism, run_task
 from raysyn.config import JobConfig, TaskConfig
 from raysyn.data.frames import read_arrays, write_frames
 from raysyn.data.phantom import phantom_patient
@@ -122,6 +122,18 @@ def test_frames_below_the_faithfulness_asked_for_are_left_out(sets) -> None:
         load_sets([made], real, TASK, min_faithfulness=0.95)
 
 
+def test_the_one_of_several_sets_that_holds_test_patients_is_named(sets, tmp_path) -> None:
+    real, made = sets
+    leak = write_set(tmp_path / "leak", {"train": range(3, 7), "validation": range(4, 6)})
+    with pytest.raises(UserError, match=rf"^{leak}: holds test patients \(phantom-s0-p00006\); refused"):
+        load_sets([made, leak, made], real, TASK)
+    train, test = read_arrays(made, "train"), read_arrays(real, "test")
+    refuse_leak(made, train, test)
+    train.mask_frame_id[1] = test.frame_id[2]  # a mask of a test frame, under another patient's name
+    with pytest.raises(UserError, match=rf"^{made}: .* drawn from their masks \({test.frame_id[2]}\); refused"):
+        refuse_leak(made, train, test)
+
+
 def test_a_model_fitted_on_test_patients_is_refused_whatever_it_drew(sets, tmp_path) -> None:
     real, _ = sets
     other = write_set(tmp_path / "other", {"train": range(6, 8)}, manifest={"fingerprint": "other"})
@@ -157,6 +169,31 @@ def test_a_model_that_was_copied_elsewhere_still_names_its_patients(sets, tmp_pa
             continue
         with pytest.raises(UserError, match="this model was fitted on test patients"):
             refuse_lineage([drawn], test)
+
+
+def test_a_model_behind_a_set_is_found_after_a_move_and_refused_when_it_is_nowhere(sets, tmp_path) -> None:
+    real, _ = sets
+    test, runs = read_arrays(real, "test"), tmp_path / "runs"
+    other = write_set(runs / "prepare" / ("a" * 16), {"train": range(6, 8)}, manifest={"fingerprint": "other"})
+    fitted = Storage.at(runs / "fit" / ("b" * 16))
+    fitted.write_json("model/model.json", {})
+    fitted.write_json("manifest.json", {"frames": other, "model_dir": f"{fitted.uri}/model", "autoencoder": ""})
+    manifest = {"fingerprint": "drawn", "model_dir": f"{fitted.uri}/model"}
+    write_set(runs / "synthesize" / ("c" * 16), {"train": range(2)}, manifest=manifest, change=synthetic)
+    moved = runs.rename(tmp_path / "runs2")
+    drawn = moved / "synthesize" / ("c" * 16)
+    with pytest.raises(UserError, match=r"runs2/fit/b+/model: this model was fitted on test patients"):
+        refuse_lineage([str(drawn)], test)
+    alone = drawn.rename(tmp_path / "alone")
+    with pytest.raises(
+        UserError, match=r"alone: whom its model was fitted on cannot be told, .*runs/fit/b+/model is not"
+    ):
+        refuse_lineage([str(alone)], test)
+    Storage.at(alone).write_json("manifest.json", {**manifest, "fitted_on": ["stranger"]})
+    refuse_lineage([str(alone)], test)
+    Storage.at(alone).write_json("manifest.json", {**manifest, "fitted_on": ["stranger", test.patient_id[0]]})
+    with pytest.raises(UserError, match="alone: this model was fitted on test patients"):
+        refuse_lineage([str(alone)], test)
 
 
 def test_sets_of_two_sizes_are_refused(sets, tmp_path) -> None:

@@ -15,60 +15,15 @@ from pathlib import Path
 import pytest
 
 from raysyn.cluster.compare import compare
-from raysyn.cluster.task_runs import refuse_leak
-from raysyn.cluster.tune import _refit, check_nets, check_space, pareto_front, trial_task
+from raysyn.cluster.tune_search import _refit, pareto_front
 from raysyn.compose import load_job
 from raysyn.config import TaskConfig
-from raysyn.data.frames import read_arrays, write_frames
+from raysyn.data.frames import write_frames
 from raysyn.data.phantom import phantom_patient
 from raysyn.data.storage import Storage
 from raysyn.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize(
-    ("space", "says"),
-    [
-        ({"lr": {"low": 1}}, r"search\.space\.lr: give"),
-        ({"speed": {"low": 1, "high": 2}}, r"search\.space\.speed: not a key"),
-        ({"lr": {"low": -1, "high": 2}}, r"search\.space\.lr: -1"),
-        ({"loss": {"choices": ["mse"]}}, r"search\.space\.loss: 'mse'"),
-        ({"train_set": {"choices": [3]}}, "no index of the 2 train_sets"),
-        ({"train_set": {"choices": ["x"]}}, r"search\.space\.train_set: 'x' is not a number"),
-        ({"min_faithfulness": {"choices": ["abc"]}}, r"search\.space\.min_faithfulness: 'abc' is not a number"),
-        ({"lr": {"low": 0.1, "high": 0.01}}, r"search\.space\.lr: low 0\.1 is above high 0\.01"),
-        ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, "a logarithmic range begins above 0"),
-        ({"lr": {"low": 1e-3, "high": 0.1, "lgo": True}}, r"search\.space\.lr: give"),
-        ({"lr": {"low": 1e-3, "high": 0.1, "log": "maybe"}}, r"search\.space\.lr: give"),
-        ({"lr": {"choices": 5}}, r"search\.space\.lr: give"),
-        ({"arch": {"low": 1, "high": 2}}, r"search\.space\.arch: 1 to 2 is no range of it; give choices"),
-        ({"kind": {"choices": ["segmentation"]}}, r"search\.space\.kind: not a key"),
-        ({"lr": None}, r"search\.space: names nothing"),
-    ],
-)
-def test_a_wrong_space_names_its_key(space: dict, says: str) -> None:
-    job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
-    with pytest.raises(UserError, match=says):
-        check_space(space, job)
-
-
-def test_a_range_has_the_type_of_its_key_and_null_takes_one_out() -> None:
-    job = load_job("tune", ["scale=tiny", "train_sets=[a,b]"])
-    whole = {"low": 0, "high": 1}
-    space = {"real_fraction": whole, "min_faithfulness": whole, "train_set": whole, "num_steps": whole, "lr": None}
-    found = check_space(space, job)
-    assert {key: type(domain["high"]) for key, domain in found.items()} == {
-        "real_fraction": float,
-        "min_faithfulness": float,
-        "train_set": int,
-        "num_steps": int,
-    }
-
-
-def test_a_list_where_keys_belong_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"search\.space=\[lr\]: "):
-        load_job("tune", ["scale=tiny", "search.space=[lr]"])
 
 
 @pytest.mark.parametrize(("kind", "arch"), [("segmentation", "unet:small"), ("classification", "cnn:small")])
@@ -83,13 +38,6 @@ def test_a_refit_is_scored_on_the_test_frames(tmp_path, kind: str, arch: str) ->
     assert scores == again
 
 
-def test_nets_of_the_space_are_tried_before_any_trial() -> None:
-    job = load_job("tune", ["scale=tiny", "train_sets=[a]", "data.image_size=66"])
-    space = {"arch": {"choices": ["unet:mobilenetv3_small_050", "unet:small"]}}
-    with pytest.raises(UserError, match=r"unet:small takes no images of data\.image_size 66"):
-        check_nets(space, job)
-
-
 def test_a_study_of_rows_that_cannot_work_is_refused_before_any_work(tmp_path) -> None:
     for override, says in (
         ("data.image_size=66", r"data\.image_size: 66 is not a multiple"),
@@ -97,6 +45,7 @@ def test_a_study_of_rows_that_cannot_work_is_refused_before_any_work(tmp_path) -
         ("search.optuna_url=nonsense", r"search\.optuna_url: cannot open"),
         ("extractors=[resnet18=a.pt,resnet18=b.pt]", "extractors: two are resnet18"),
         ("segmentation.arch=unet:nothing", r"task\.arch: 'unet:nothing' is not known"),
+        ("search.space.arch={choices: [unet:small, unet:none]}", r"task\.arch: 'unet:none' is not known"),
         ("classification.weights=/no/such.pt", r"task\.weights: no file"),
     ):
         more = ["classification.arch=tf_efficientnet_lite0"] if "weights" in override else []
@@ -111,25 +60,6 @@ def test_the_front_holds_what_nothing_beats_at_full_budget() -> None:
 
     trials = [trial("cheap", 0.8, 1), trial("good", 0.9, 5), trial("beaten", 0.85, 6), trial("stopped", 0.95, 0.1, 1)]
     assert [t["trial"] for t in pareto_front(trials)] == ["cheap", "good"]
-
-
-def test_a_trial_changes_only_what_was_searched() -> None:
-    task = trial_task(TaskConfig(lr=1.0, width=7), {"lr": 0.5, "train_set": 1})
-    assert (task.lr, task.width) == (0.5, 7)
-
-
-def test_test_patients_in_a_training_set_are_refused(tmp_path) -> None:
-    for patient in (0, 1):
-        write_frames(
-            Storage.at(tmp_path / str(patient)), "train/shard-00000.parquet", phantom_patient(0, patient, 64, "train")
-        )
-    a, b = (read_arrays(str(tmp_path / str(p))) for p in (0, 1))
-    refuse_leak({"train": a}, b)
-    with pytest.raises(UserError, match=r"train: holds test patients \(phantom-s0-p00000\)"):
-        refuse_leak({"train": a}, a)
-    a.mask_frame_id[1] = b.frame_id[2]  # a mask of a test frame, under another patient's name
-    with pytest.raises(UserError, match=rf"train: .* drawn from their masks \({b.frame_id[2]}\); refused"):
-        refuse_leak({"train": a}, b)
 
 
 @pytest.mark.cluster

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from raysyn.cluster.tune import check_space, max_iterations, pareto_front, suggest, trial_task, tune
+from raysyn.cluster.tune import tune
+from raysyn.cluster.tune_search import pareto_front
+from raysyn.cluster.tune_space import suggest
 from raysyn.compose import load_job
 from raysyn.config import SearchConfig, TaskConfig, TuneJob
 from raysyn.data.storage import Storage
@@ -20,15 +22,9 @@ from raysyn.types import UserError
 SPACE = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}}
 
 
-def test_pruning_leaves_room_for_the_longest_trial() -> None:
-    assert max_iterations(TaskConfig(num_epochs=250), SPACE) == 250
-    assert max_iterations(TaskConfig(num_epochs=250), {"num_epochs": {"low": 10, "high": 400}}) == 400
-    assert max_iterations(TaskConfig(num_epochs=9, num_steps=300), {}) >= 5
-
-
 def test_both_rules_count_validations_not_seconds(monkeypatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    from raysyn.cluster.tune import _scheduler
+    from raysyn.cluster.tune_search import _scheduler
 
     task = TaskConfig(num_epochs=250)
     asha = _scheduler(SearchConfig(scheduler="asha", pruning_grace_epochs=5), task, SPACE)
@@ -102,14 +98,6 @@ def test_the_front_leaves_pruned_trials_out_whatever_their_length() -> None:
 
     trials = [trial("short", 0.8, 1, 3, True), trial("long", 0.9, 5, 9, True), trial("pruned", 0.95, 0.1, 9, False)]
     assert [t["trial"] for t in pareto_front(trials)] == ["short", "long"]
-
-
-def test_the_faithfulness_threshold_is_a_key_of_the_data() -> None:
-    job = load_job("tune", ["scale=tiny"])
-    check_space({"min_faithfulness": {"low": 0.0, "high": 0.9}}, job)
-    with pytest.raises(UserError, match=r"search\.space\.min_faithfulness: 2 is outside"):
-        check_space({"min_faithfulness": {"choices": [0, 2]}}, job)
-    assert trial_task(TaskConfig(), {"min_faithfulness": 0.5}) == TaskConfig()
 
 
 @pytest.fixture

@@ -185,6 +185,12 @@ def test_leftovers_of_killed_writers(tmp_path) -> None:
     assert os.listdir(tmp_path / "train") == ["a.bin"]
 
 
+def test_json_holds_what_json_can(tmp_path) -> None:
+    storage = Storage.at(tmp_path)
+    storage.write_json("m.json", {"a": [float("inf"), 1.5], "b": {"c": float("nan")}, "d": (np.float64("-inf"), "x")})
+    assert storage.read_json("m.json") == {"a": [None, 1.5], "b": {"c": None}, "d": [None, "x"]}
+
+
 def test_json_that_was_cut_off(tmp_path) -> None:
     (tmp_path / "m.json").write_text('{"a": 1')
     with pytest.raises(UserError, match=r"m\.json: not readable as JSON"):
