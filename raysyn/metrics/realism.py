@@ -111,19 +111,22 @@ def histogram_distance(a: FrameArrays, b: FrameArrays) -> float:
 
 def radial_spectrum(frames: FrameArrays) -> np.ndarray:
     """Log10 of the mean power at each integer spatial frequency 1 … H/2−1 (cycles an image), sector mean taken off."""
-    inside = frames.label_map != 0
-    image = frames.image_u8.astype(np.float64) / 255
-    count = inside.sum((1, 2), keepdims=True).clip(1)
-    image = (image - (image * inside).sum((1, 2), keepdims=True) / count) * inside
-    parts = np.array_split(
-        image, -(-len(image) // 64)
-    )  # of thousands of frames at once the transforms would fill memory
-    power = sum((np.abs(np.fft.fft2(part)) ** 2).sum(0) for part in parts) / len(image)
-    size = image.shape[1]
+    num_parts = -(-len(frames) // 64)  # of thousands of frames at once the float64 images alone would fill memory
+    parts = zip(np.array_split(frames.image_u8, num_parts), np.array_split(frames.label_map, num_parts))
+    size = frames.image_u8.shape[1]
+    power = sum((_power(images, maps != 0) for images, maps in parts), start=np.zeros((size, size))) / len(frames)
     frequency = np.fft.fftfreq(size) * size
     radius = np.hypot(*np.meshgrid(frequency, frequency, indexing="ij")).round().astype(int)
     by_radius = np.bincount(radius.ravel(), power.ravel()) / np.bincount(radius.ravel())
     return np.log10(by_radius[1 : size // 2] + 1e-12)
+
+
+def _power(image_u8: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Summed power spectra [H, W] of images [n, H, W], each less its mean `inside` and 0 outside."""
+    image = image_u8.astype(np.float64) / 255
+    count = inside.sum((1, 2), keepdims=True).clip(1)
+    image = (image - (image * inside).sum((1, 2), keepdims=True) / count) * inside
+    return np.asarray((np.abs(np.fft.fft2(image)) ** 2).sum(0))
 
 
 def spectrum_distance(a: FrameArrays, b: FrameArrays) -> float:

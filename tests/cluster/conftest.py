@@ -30,12 +30,6 @@ HEAD, WORKER, MASK = f"{SUBNET}.1", f"{SUBNET}.2", "/30"
 OUTSIDE, HEAD_OUTSIDE = f"{SUBNET}.5", f"{SUBNET}.6"
 PATIENCE = 400.0
 COMMON = ["--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20), "--disable-usage-stats"]
-JOINED = f"""
-import ray, time
-ray.init(address="{HEAD}:6379", log_to_driver=False, logging_level="error")
-while sum(node["Alive"] for node in ray.nodes()) < 2:
-    time.sleep(0.5)
-"""
 
 
 def no_namespaces() -> str:
@@ -161,9 +155,10 @@ def hosts(head_host: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
     head_host.storage = f"s3://sets/{time.time_ns()}?scheme=http&endpoint_override={HEAD}:5000&region=us-east-1"
     (head_host.folder / "drawn.log").write_text("")
     join = ["start", "--node-ip-address", WORKER, "--address", f"{HEAD}:6379", *COMMON]
+    said = head_host.folder / "worker-ray.log"
+    said.unlink(missing_ok=True)
     head_host.run("worker", str(BIN / "ray"), *join)
-    joined = head_host.run("head", sys.executable, "-c", JOINED)
-    assert joined.wait(timeout=PATIENCE) == 0, head_host.said()
+    head_host.wait_until(lambda: "Ray runtime started" in said.read_text(), "the worker")
     yield head_host
     head_host.kill("worker")
 

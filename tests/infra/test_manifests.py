@@ -168,8 +168,8 @@ def test_every_container_passes_the_restricted_standard() -> None:
         assert security["allowPrivilegeEscalation"] is False
         assert security["capabilities"] == {"drop": ["ALL"]}
     text = json.dumps(found)
-    assert text.count('"seccompProfile": {"type": "RuntimeDefault"}') == 5, (
-        "two clusters' heads and workers, the submitter"
+    assert text.count('"seccompProfile": {"type": "RuntimeDefault"}') == 7, (
+        "two clusters' heads and both kinds of workers, the submitter"
     )
     workers = [c for c in every if c.get("name") == "ray-worker"]
     assert all({"readinessProbe", "livenessProbe"} <= set(c) for c in workers)

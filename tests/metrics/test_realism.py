@@ -1,6 +1,7 @@
 """Realism measures where the answer is known: Gaussians in closed form, equal sets, blurred and copied ones."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_extractor_free_measures_are_zero_on_the_same_set(sets) -> None:
     brighter.image_u8 = np.where(a.label_map > 0, np.minimum(a.image_u8.astype(int) + 10, 255), 0).astype(np.uint8)
     assert 8 < histogram_distance(brighter, a) <= 10
     assert all(v > 0 for v in speckle_snr(a).values())
+
+
+def test_a_spectrum_of_many_frames_takes_the_memory_of_a_few(sets) -> None:
+    """A grid's row has 9,000 frames of 256 px: as float64 at once they would be 5 GB, several times over."""
+    many = sets[0].take(np.tile(np.arange(32), 32))
+    tracemalloc.start()
+    distance = spectrum_distance(many, sets[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert distance < 1e-9
+    assert peak < 8 * many.image_u8.size / 2, "half of all images in float64"
 
 
 def test_a_collapsed_set_has_no_diversity(sets) -> None:
