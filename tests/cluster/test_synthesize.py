@@ -374,8 +374,10 @@ def test_what_a_killed_overwrite_leaves_is_not_whole(tmp_path, monkeypatch) -> N
 
 def test_a_finished_set_that_lost_a_shard_is_unfinished(tmp_path, capsys) -> None:
     stage = open_stage(str(tmp_path), "synthesize", "key")
-    manifest = {"shards": [{"name": f"train/{name}.parquet", "bytes": 1} for name in "ab"]}
-    for damage in (lambda name: stage.storage.remove(name), lambda name: stage.storage.write_atomic(name, b"")):
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    manifest = {"shards": [{"name": f"train/{name}.parquet", "bytes": 1, "sha256": sha256} for name in "ab"]}
+    write = stage.storage.write_atomic
+    for damage in (stage.storage.remove, lambda name: write(name, b""), lambda name: write(name, b"y")):
         for name in "ab":
             stage.storage.write_atomic(f"train/{name}.parquet", b"x")
         stage.finish(manifest)
