@@ -24,6 +24,8 @@ if [ "$what" != serve ]; then
   python -m mlflow.server.auth db upgrade --url "$MLFLOW_BACKEND_STORE_URI"
 fi
 if [ "$what" != migrate ]; then
+  # On a busy machine a worker that is still importing does not answer within uvicorn's 5 s: it would be ended again and again.
   exec mlflow server --app-name basic-auth --backend-store-uri "$MLFLOW_BACKEND_STORE_URI" \
-    --artifacts-destination "$MLFLOW_ARTIFACTS_DESTINATION" --serve-artifacts "$@"
+    --artifacts-destination "$MLFLOW_ARTIFACTS_DESTINATION" --serve-artifacts \
+    --uvicorn-opts "--timeout-worker-healthcheck 60" "$@"
 fi

@@ -46,7 +46,7 @@ def test_users_outlive_the_server(tmp_path: Path) -> None:
         env: dict[str, Any] = {**os.environ, **own, "MLFLOW_AUTH_CONFIG_PATH": str(config)}
         subprocess.run(["sh", str(SCRIPT), "migrate"], env=env, cwd=tmp_path, check=True, timeout=300)
         assert config.stat().st_mode & 0o077 == 0, "the database's address is a secret"
-        command = ["sh", str(SCRIPT), "serve", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
+        command = ["sh", str(SCRIPT), "serve", "--host=127.0.0.1", f"--port={port}", "--workers=2"]
         server = subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True)
         try:
             wait_until_up(server, port)
