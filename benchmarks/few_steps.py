@@ -48,6 +48,7 @@ EVALUATIONS = {  # ddim without noise is euler in these units; generalised with 
 GRIDS = {"edm_l128": [(5.0, 7.0), (2.5, 7.0), (20.0, 7.0), (80.0, 7.0), (10.0, 3.0), (10.0, 10.0)]}
 GRID_EVALUATIONS = 3
 WORKS = 0.02  # Dice
+DICE_TICKS = (0.5, 0.7, 0.8, 0.9, 0.94, 0.95, 0.96)
 
 
 def samplers(name: str, own: SamplerConfig) -> Iterator[SamplerConfig]:
@@ -194,10 +195,13 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
             axes.errorbar([n for n, _ in line], middle, spread, marker="o", markersize=4, capsize=2, label=solver)
         axes.set(title=model, xlabel="network evaluations an image", xscale="log")
         axes.set_xticks([2, 3, 5, 9, 17, 49], ["2", "3", "5", "9", "17", "49"], minor=False)
+        axes.set_yscale("logit")  # what works lies close together
+        axes.set_ylim(0.5, 0.968)
+        axes.set_yticks(DICE_TICKS, [f"{tick:g}" for tick in DICE_TICKS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("mean Dice on held-out phantom frames")
-    panels[0][-1].legend(fontsize=8)
+    panels[0][-1].legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
