@@ -97,7 +97,9 @@ def test_killed_and_started_again_finished_trials_are_not_repeated(tmp_path) -> 
         assert time.time() < deadline, "no trial finished"
         assert first.poll() is None, first.stdout.read()[-3000:]
         time.sleep(1)
-    time.sleep(11)  # Ray Tune writes its own state every ten seconds
+    deadline = time.time() + 11  # Ray Tune writes its own state every ten seconds
+    while time.time() < deadline and len(finished()) < 3:
+        time.sleep(0.1)
     os.kill(first.pid, signal.SIGKILL)
     first.wait(timeout=60)
     before = finished()
