@@ -35,7 +35,7 @@ COLUMNS = ("name", "size", "ratio_median", "ratio_min", "ratio_max", "ours_secon
 
 FEW_STEPS = ("dpmpp_2m", 3)  # benchmarks/few_steps.py
 OUR_BATCH = 32  # the demo's (synthesize.batch_size)
-LARGE_BATCH = 8  # at laptop size, where more gains nothing and only takes minutes
+LARGE_BATCH = 8  # at laptop size, where more only takes minutes
 measure = partial(ratio, clock=time.process_time)  # one thread: other processes' share of the machine is left out
 
 

@@ -151,8 +151,12 @@ def a_core_each(actors: int) -> Iterator[None]:
     done = threading.Event()
 
     def pin() -> None:
-        while not done.wait(0.3):  # threads come one by one, until all have drawn something
-            workers = (p for p in psutil.Process().children(recursive=True) if "MapWorker" in _title(p))
+        passes = (
+            8  # a second apart once all actors are there: their threads come with the first shards, and looking costs
+        )
+        while passes and not done.wait(1):
+            workers = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in _title(p)]
+            passes -= len(workers) >= actors
             for core, worker in zip(cores, sorted(workers, key=lambda p: p.pid)):
                 with contextlib.suppress(psutil.NoSuchProcess, OSError):
                     for thread in worker.threads():
@@ -176,7 +180,7 @@ def _title(process: psutil.Process) -> str:
 
 def image_of_a_set(storage: Path, model_dir: str, number: int) -> tuple[float, float, float, float]:
     """(seconds an image by two actors on a core each, by one on a core, by one as it is, in a bare process)."""
-    own = ["synthesize.mask_splits=[train]", "synthesize.num_warps=8", f"synthesize.shard_size={SHARD_SIZE}"]
+    own = ["synthesize.mask_splits=[train]", "synthesize.num_warps=16", f"synthesize.shard_size={SHARD_SIZE}"]
     own += [f"synthesize.seed={number}", f"model_dir={model_dir}"]
     seconds = []
     for actors, pinned in ((2, True), (1, True), (1, False)):
