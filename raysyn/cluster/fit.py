@@ -28,7 +28,7 @@ BAD_INPUT = "bad_input"  # what is wrong, as one rank of several found it
 GRACE_SECONDS = 25.0  # to write a checkpoint after SIGTERM; Kubernetes kills after 30
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # the end of a short fit is seen sooner
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # then it is asked for again, of the nodes there are then
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 # How often a fit is logged, checked and kept, and in which pieces it is computed, does not decide its result.
@@ -239,6 +239,7 @@ def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from raysyn.cluster.fit_data import frame_dataset
+    from raysyn.cluster.fit_nodes import CountNodes
     from raysyn.cluster.torch_group import TorchGroup
 
     workers = config.workers
@@ -260,6 +261,7 @@ def _trainer(config: FitJob, stage: StageDir, job: dict[str, Any], splits: tuple
             storage_path=stage.storage.path,
             storage_filesystem=stage.storage.fs,
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=[CountNodes()] if workers.min_workers else None,
         ),
         datasets=datasets,
         dataset_config=DataConfig(datasets_to_split=[]),  # every worker holds all frames

@@ -56,9 +56,7 @@ def test_a_fit_that_loses_a_host(fate: str, hosts: Any, tmp_path: Path) -> None:
     key = fit_fingerprint(config, prepare_fingerprint(config))
     stage = Storage.at(hosts.storage).join("fit", key)
     arguments = [str(ROOT / "jobs" / "fit.py"), *OVERRIDES, f"storage={hosts.storage}"]
-    # A group of two is no longer waited for after 25 s; our own setting is 60, for nodes that are still starting.
-    settings = {"RAY_ADDRESS": hosts.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25"}
-    driver = hosts.run("head", sys.executable, *arguments, **settings)
+    driver = hosts.run("head", sys.executable, *arguments, RAY_ADDRESS=hosts.address)
     hosts.wait_until(lambda: newest(stage)[0] >= 6 or driver.poll() is not None, "a checkpoint")
     assert driver.poll() is None, hosts.said()
     if fate == "cut":
