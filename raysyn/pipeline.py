@@ -104,7 +104,13 @@ def sample_latents(
 
 
 def decode_images(model: FittedModel, x: Tensor, label_map: np.ndarray) -> np.ndarray:
-    """The second half: images uint8 [B, H, W] from x, 0 outside the sector of label_map uint8 [B, H, W]."""
+    """The second half: images uint8 [B, H, W] from x, 0 outside the sector of label_map uint8 [B, H, W].
+
+    Raises UserError where x is not finite: the images would be black, and no one would know why.
+    """
+    if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+        what = "in fp16 numbers may overflow, so use amp=bf16 or none; else its weights are not usable"
+        raise UserError(f"{model.config.name}: {bad} of {len(x)} images are not finite numbers ({what})")
     sector = torch.from_numpy(label_map != 0)[:, None].float().to(x.device)
     return to_u8(model.codec.decode(x, sector))
 
