@@ -88,6 +88,8 @@ def test_all_models_at_once_have_a_folder_of_their_own() -> None:
         ("fit", "model.net.channel_multipliers=[1,0]", r"model\.net\.channel_multipliers: 0 is outside"),
         ("fit", "model.vae.weight_image=-1", r"model\.vae\.weight_image: -1.0 is outside"),
         ("fit", "model.sampler.s_noise=nan", r"model\.sampler\.s_noise: nan is outside"),
+        ("fit", "model.sampler={guidance_sigma_min: 5, guidance_sigma_max: 1}", r"guidance_sigma_min: 5.0 is above"),
+        ("fit", "model.sampler.s_max=0.01", r"model\.sampler\.s_min: 0.02 is above s_max 0.01"),
         ("fit", "tracking.uri=foo", r"tracking\.uri: 'foo' is no address"),
         ("fit", "ray.address=foo", r"ray\.address: 'foo' is neither host:port"),
         ("fit", "ray.num_cpus=0", r"ray\.num_cpus: 0 is outside"),
