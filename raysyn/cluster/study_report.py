@@ -89,7 +89,7 @@ def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
     stages = {"fit": _fit_cost(fitted, net["gflops_per_evaluation"])}
     if autoencoder is not None:
         stages["autoencoder"] = _fit_cost(autoencoder, net["gflops_encode"] + net["gflops_decode"])
-    stages |= sampling_costs(made, net, cached=config.synthesize.modulation_cache_bytes > 0)
+    stages |= sampling_costs(made, net, cached=config.synthesize.modulation_cache_bytes != 0)
     return {
         "num_function_evals": made["num_function_evals"],
         "seconds_per_image": made["seconds_per_image"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -48,8 +49,8 @@ class FixedShapeNet(nn.Module):
         self._too_large: set[tuple] = set()
 
     def modulations(self, one_hot: Tensor, budget_bytes: float | None = None) -> list[Kept]:
-        """Those of the net: see `SemanticUNet.modulations`."""
-        return self.net.modulations(one_hot, budget_bytes)  # type: ignore[operator]
+        """Those of the net, none as a table, whose size is each batch's own: see `SemanticUNet.modulations`."""
+        return self.net.modulations(one_hot, budget_bytes, tables=False)  # type: ignore[operator]
 
     def forward(
         self,
@@ -106,6 +107,7 @@ class FixedShapeNet(nn.Module):
     def _fall_back(self, reason: str) -> None:
         if reason not in self.fallbacks:
             self.fallbacks.append(reason)
+            logging.getLogger("raysyn").warning("sampling is slower than it could be: %s", reason)
 
 
 class _Graph:

@@ -61,7 +61,7 @@ def test_traced_whole_it_gives_the_same_bits_and_says_why_there_is_no_graph(net,
 
 
 @torch.inference_mode()
-def test_what_cannot_be_compiled_runs_plainly_with_the_reason(net, inputs) -> None:
+def test_what_cannot_be_compiled_runs_plainly_with_the_reason(net, inputs, caplog) -> None:
     x, c, _ = inputs
 
     def broken(graph, example):
@@ -72,6 +72,7 @@ def test_what_cannot_be_compiled_runs_plainly_with_the_reason(net, inputs) -> No
         assert torch.equal(fixed(x, c), net(x, c))
     (reason,) = fixed.fallbacks
     assert reason.startswith("torch.compile failed")
+    assert caplog.text.count("slower than it could be: torch.compile failed") == 1
     torch._dynamo.reset()
 
 
@@ -86,6 +87,10 @@ def test_tables_have_no_fixed_shape(net, inputs) -> None:
     fixed = FixedShapeNet(net, compile=False)
     assert torch.equal(fixed(x, c, maps, kept), net(x, c, maps, whole))
     assert "tables" in fixed.fallbacks[0]
+    own = fixed.modulations(maps, size // 2)
+    assert {type(k) for k in own} == {tuple, type(None)}
+    assert sum(t.numel() * t.element_size() for layer in own if layer for t in layer) <= size // 2
+    assert torch.equal(fixed(x, c, maps, own), net(x, c, maps, whole))
 
 
 @pytest.fixture
