@@ -74,10 +74,9 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         block_heads: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        stride = patch_size * 2 ** (len(channel_multipliers) - 1)
-        if resolution % stride:
-            raise UserError(f"resolution: {resolution} is not a multiple of the net's stride {stride}")
-        self.arch, self.levels = ARCHES[arch], len(channel_multipliers)
+        self.arch, self.stride = ARCHES[arch], patch_size * 2 ** (len(channel_multipliers) - 1)
+        if resolution % self.stride:
+            raise UserError(f"resolution: {resolution} is not a multiple of the net's stride {self.stride}")
         self.attention_at, self.block_heads = set(attention_resolutions), block_heads
         self.channels_per_head = channels_per_head if self.arch.scale_shift else None
         self.base, self.num_spades = base_channels, 0
@@ -258,6 +257,9 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         one_hot: Tensor | None = None,
         modulations: list[Kept] | None = None,
     ) -> Tensor:
+        height, width = x.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise UserError(f"x: {height}x{width} is not a multiple of the net's stride {self.stride}")
         if one_hot is None:  # the null mask
             shape = (x.shape[0], self.config.label_channels, *x.shape[2:])  # type: ignore[attr-defined]
             one_hot = x.new_zeros(shape)
