@@ -79,6 +79,10 @@ class TrainState:
             entries.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        for parameter, entry in self.optimizer.state.items():
+            for key, value in entry.items():  # laid out in memory as the weights, which the fused kernels ask for
+                if key != "step" and value.shape == parameter.shape:
+                    entry[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         pairs = {key: [tuple(entry) for entry in progress[key]] for key in ("validations", "rollbacks")}
         self.progress = Progress(**{**progress, **pairs})
 

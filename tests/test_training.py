@@ -204,6 +204,17 @@ def test_a_stopped_fit_goes_on_as_if_it_had_never_stopped(tmp_path: Path, optimi
         assert torch.equal(undisturbed.ema.average[name], state.ema.average[name])
 
 
+def test_what_is_loaded_lies_in_memory_as_the_weights_do() -> None:
+    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = TrainState(net, torch.optim.AdamW(net.parameters()), EMA(net, 1.0))
+    net(torch.ones(1, 3, 4, 4)).sum().backward()
+    state.optimizer.step()
+    state.load(state.tensors(), dataclasses.asdict(state.progress))
+    for p, entry in state.optimizer.state.items():
+        assert {v.stride() for v in entry.values() if v.shape == p.shape} == {p.stride()}
+    assert torch.equal(state.optimizer.state[net.weight]["exp_avg"], 0.1 * net.weight.grad)
+
+
 def test_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     state, _ = make()
     store = store_at(tmp_path, keep=1)
