@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raysyn.config import CompareJob, TrackingConfig, to_dict
-from raysyn.tracking import Tracker, ensure_database, flatten, git_commit, log_study, tracker, tracking_uri
+from raysyn.tracking import Tracker, ensure_database, flatten, git_commit, log_study, places, tracker, tracking_uri
 from raysyn.tracking.__main__ import main
 from raysyn.tracking.entries import MAX_KEY, MAX_VALUE, is_final
 from raysyn.tracking.model import log_model
@@ -57,6 +57,22 @@ def test_params_are_flat_and_within_mlflows_limits() -> None:
     assert all(len(k) <= MAX_KEY and len(v) <= MAX_VALUE for k, v in long.items())
     assert len(long) == 3
     assert long["a_b"] == "{}"
+
+
+def test_the_commit_is_the_checkouts_or_what_an_image_was_built_from(tmp_path: Path, monkeypatch) -> None:
+    def git(*command: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@x")
+        return subprocess.run(["git", *identity, *command], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+
+    assert (places.ROOT / "raysyn" / "tracking" / "places.py").is_file()
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    monkeypatch.setenv("RAYSYN_GIT_COMMIT", "of the submitter")
+    assert git_commit() == "of the submitter"
+    (tmp_path / "commit").write_text("of the image\n")
+    assert git_commit() == "of the image"
+    git("init")
+    git("commit", "--allow-empty", "-m", "x")
+    assert git_commit() == git("rev-parse", "HEAD") != ""
 
 
 def test_everything_logged_arrives(storage: str, tmp_path: Path) -> None:
