@@ -48,6 +48,8 @@ def test_the_gaussian_control_is_one_word_away() -> None:
         ("fit", ["model=edm", "vae=kl"], "edm works on pixels"),
         ("fit", ["model=edm_l64", "vae=vq"], "kind: 'vq' is not one of gamma, kl"),
         ("fit", ["model=edm_l64", "vae=[gamma,kl]"], "takes one kind here"),
+        ("fit", ["vae.weight_kl=1"], r"^vae\.weight_kl: of one model it is model\.vae\.weight_kl"),
+        ("compare", ["model=all", "vae.weight_kl=1"], r"^vae\.weight_kl: .* from configs/model/"),
         ("prepare", ["vae=kl"], "vae: not a key"),
     ):
         with pytest.raises(UserError, match=says):
