@@ -117,6 +117,7 @@ def test_the_rayjobs_cluster_is_the_standing_one() -> None:
     standing = documents(INFRA / "kuberay/raycluster.yaml")[0]["spec"]
     assert documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]["spec"]["rayClusterSpec"] == standing
     assert standing["authOptions"]["mode"] == "token"
+    assert f"ray=={standing['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
     assert "nvidia.com/gpu" not in json.dumps(standing["headGroupSpec"])
 
 
