@@ -100,6 +100,22 @@ def test_everything_logged_arrives(storage: str, tmp_path: Path) -> None:
     assert run.info.artifact_uri.startswith((Path(storage) / "mlartifacts").as_uri())
 
 
+def test_after_its_end_a_run_takes_nothing_as_one_that_is_disabled(storage: str, tmp_path: Path) -> None:
+    ended = Tracker.start(ON, storage, "fit")
+    assert ended.finish() == 0
+    for closed in (ended, Tracker.disabled(), Tracker.start(TrackingConfig(enabled=False), storage, "fit", {"lr": 1})):
+        closed.log_metrics({"late": 1.0}, 1)
+        closed.log_params({"late": 1})
+        closed.log_image("late", np.zeros((8, 8), np.uint8))
+        closed.log_artifact(tmp_path / "absent")
+        with closed:
+            closed.close()
+        assert (closed.finish("FAILED"), closed.dropped, closed._queued()) == (0, 0, 0)
+    assert Tracker.disabled().wait_run_id() is None
+    run = run_of(ended)
+    assert (run.info.status, run.data.metrics, run.data.params) == ("FINISHED", {}, {})
+
+
 def test_the_same_run_goes_on_by_key_and_by_id(storage: str) -> None:
     first = Tracker.start(ON, storage, "fit", {"lr": 1}, key="fit-1")
     first.log_metrics({"loss": 3.0}, 1)
