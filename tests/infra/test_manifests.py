@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raysyn.cluster.compare import stages_at_once
 from raysyn.cluster.fit import fit_fingerprint
 from raysyn.cluster.job import JOBS
 from raysyn.cluster.synthesize import _as
@@ -283,6 +284,14 @@ def test_a_job_of_its_own_needs_nothing_of_the_standing_cluster() -> None:
         assert {(kind, name) for name in re.findall(rf'{key}": "([\w-]+)"', job)} <= there
     readme = (INFRA / "README.md").read_text()
     assert readme.index("apply -k infra/kuberay/common") < readme.index("apply -k infra/kuberay/jobs")
+
+
+def test_the_head_holds_the_stages_that_a_study_runs_at_once() -> None:
+    """Ray runs what asks for no CPU beside the driver, where torch alone is 0.7 GiB a process; objects have their 30 %."""
+    study = load_job("compare", shlex.split(rendered_job("compare")["spec"]["entrypoint"])[2:])
+    head = documents(INFRA / "kuberay/raycluster.yaml")[0]["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    memory = float(head["resources"]["limits"]["memory"].removesuffix("Gi"))
+    assert 0.7 * memory >= 0.75 * stages_at_once(study) + 2.0
 
 
 def test_ray_keeps_its_objects_in_memory() -> None:
