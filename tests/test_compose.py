@@ -1,8 +1,13 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from raysyn.compose import JOBS, MODEL_NAMES, load_job, load_model
 from raysyn.config import NetConfig, VAEConfig, fingerprint
 from raysyn.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -48,6 +53,8 @@ def test_the_gaussian_control_is_one_word_away() -> None:
         ("fit", ["model=edm", "vae=kl"], "edm works on pixels"),
         ("fit", ["model=edm_l64", "vae=vq"], "kind: 'vq' is not one of gamma, kl"),
         ("fit", ["model=edm_l64", "vae=[gamma,kl]"], "takes one kind here"),
+        ("fit", ["vae.weight_kl=1"], r"^vae\.weight_kl: of one model it is model\.vae\.weight_kl"),
+        ("compare", ["model=all", "vae.weight_kl=1"], r"^vae\.weight_kl: .* from configs/model/"),
         ("prepare", ["vae=kl"], "vae: not a key"),
     ):
         with pytest.raises(UserError, match=says):
@@ -130,3 +137,18 @@ def test_fingerprint_tells_configs_apart_and_ignores_identity() -> None:
     assert fingerprint(NetConfig(), VAEConfig()) != fingerprint(NetConfig(dropout=0.2), VAEConfig())
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert len(fingerprint("x")) == 16
+
+
+def test_the_command_lines_and_keys_of_the_pages_are_real() -> None:
+    pages = [ROOT / name for name in ("README.md", "infra/README.md", "infra/CAPACITY.md", "benchmarks/README.md")]
+    text = "\n".join(page.read_text().replace("\\\n", " ") for page in pages)
+    commands = re.findall(r"jobs/(\w+)\.py((?: +[\w.]+=[^\s`]+)*)", text)
+    assert len([job for job, given in commands if given]) >= 6
+    for job, given in commands:
+        load_job(job, given.split())
+    keys = set(re.findall(r"`((?:model|vae|synthesize|workers|cost|tracking|data|search)\.[a-z_.]+)", text))
+    assert len(keys) >= 8
+    for key in keys:
+        owner: object = load_job("synthesize" if key.startswith("synthesize") else "fit", [])
+        for part in key.split("."):
+            owner = getattr(owner, part)

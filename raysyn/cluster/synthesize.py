@@ -107,20 +107,22 @@ def check_gate(synthesis: SynthesizeConfig) -> None:
 
 
 def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerprint: str) -> SynthesisSpec:
-    """Everything that a worker needs, checked: the model is read once here, so a bad folder is refused before work."""
-    from raysyn.cluster.model_store import open_model
+    """Everything that a worker needs, checked: a bad model folder is refused here, before work."""
+    from raysyn.cluster.model_store import check_model
     from raysyn.diffusion.generate import num_network_evals
+    from raysyn.diffusion.precondition import PRECONDITIONINGS
     from raysyn.pipeline import guidance_doubt
 
     synthesis = config.synthesize
     check_gate(synthesis)
-    model = open_model(model_dir)
+    model = check_model(model_dir)
     if model.image_size != config.data.image_size:
         raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
     sampler = config.model.sampler
     if doubt := guidance_doubt(model.config, sampler):
         print(f"synthesize: {doubt}", file=sys.stderr, flush=True)
-    evaluations = num_network_evals(sampler, model.denoiser.precondition)  # refuses a grid that cannot be
+    precondition = PRECONDITIONINGS[model.config.precondition]()
+    evaluations = num_network_evals(sampler, precondition)  # refuses a grid that cannot be
     settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
     placement = ("modulation_cache_bytes", "compile", "plan_only")  # a grey level at most, as the kind of device does
     decisive = {k: v for k, v in dataclasses.asdict(synthesis).items() if k not in placement}

@@ -13,11 +13,11 @@ from PIL import Image
 
 from raysyn.labels import COLOURS
 from raysyn.report import Samples, publish, write_report
+from raysyn.report.axes import model_colours
 from raysyn.report.figures import (
     cost_bars,
     cost_figure,
     curve_figure,
-    model_colours,
     realism_figure,
     save_figure,
     trials_figure,
