@@ -29,6 +29,26 @@ def refuses_within_ray(config: object) -> Outcome:
     raise wrapped
 
 
+def refuses_as_ray_tells_it(config: object) -> Outcome:
+    from ray.exceptions import RayTaskError
+
+    cause = UserError("mask.png: too small")
+    error = RayTaskError("task", "Traceback:\n  File x\nraysyn.types.UserError: mask.png: too small", cause)
+    raised = error.as_instanceof_cause()
+    assert isinstance(raised, UserError)
+    raise raised
+
+
+def refuses_in_a_task_within_a_task(config: object) -> Outcome:
+    from ray.exceptions import RayTaskError
+
+    try:
+        refuses_as_ray_tells_it(config)
+    except UserError as error:
+        raise RayTaskError("outer", "Traceback:\n  File y\n", error) from None
+    raise AssertionError
+
+
 def breaks(config: object) -> Outcome:
     raise OSError("the disk is on fire")
 
@@ -63,6 +83,8 @@ def is_interrupted(config: object) -> Outcome:
         (done, 0, "fit: done: here"),
         (refuses, 2, "raysyn fit: mask.png: too small"),
         (refuses_within_ray, 2, "raysyn fit: mask.png: too small"),
+        (refuses_as_ray_tells_it, 2, "raysyn fit: mask.png: too small\n"),
+        (refuses_in_a_task_within_a_task, 2, "raysyn fit: mask.png: too small\n"),
         (breaks, 1, "the same command resumes"),
         (stops, 0, "resumable"),
         (waits_within_ray, 0, "stopped by SIGTERM; resumable"),
@@ -79,6 +101,7 @@ def test_exit_codes(stage, code: int, says: str, capsys: pytest.CaptureFixture[s
         signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
     assert says in out + err
+    assert code != 2 or err.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage", [breaks, stops])
