@@ -20,7 +20,6 @@ import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, read_record, settings_of
 from raysyn.cluster.stage import lost_shards, open_stage
-from raysyn.cluster.synthesis_folder import refuse_foreign
 from raysyn.cluster.synthesize import claim
 from raysyn.config import SamplerConfig, SynthesizeConfig, TaskConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
@@ -367,7 +366,7 @@ def test_what_a_killed_overwrite_leaves_is_not_whole(tmp_path, monkeypatch) -> N
 
     monkeypatch.setattr(Storage, "remove_tree", killed)
     with pytest.raises(KeyboardInterrupt):
-        open_stage(str(tmp_path), "synthesize", "key", overwrite=True)
+        stage.clear()
     assert open_stage(str(tmp_path), "synthesize", "key").outcome() is None
     assert stage.storage.exists("train/a.parquet")
 
@@ -414,9 +413,8 @@ def test_a_file_that_readers_would_take_for_a_shard_is_refused(frames, tmp_path)
     stage.storage.write_atomic("notes.txt", b"x")
     claim(stage, spec)
     stage.storage.write_atomic("train/shard-00000 (copy).parquet", b"x")
-    for check in (lambda: claim(stage, spec), lambda: refuse_foreign(stage, spec.plan)):
-        with pytest.raises(UserError, match=r"\(copy\)\.parquet: not a shard of this data set"):
-            check()
+    with pytest.raises(UserError, match=r"\(copy\)\.parquet: not a shard of this data set"):
+        claim(stage, spec)
 
 
 def test_what_is_written_of_a_synthesis_is_json_to_every_reader(frames, tmp_path) -> None:
