@@ -140,3 +140,19 @@ def test_input_that_is_not_there_is_refused_before_ray_starts(job: str, monkeypa
     monkeypatch.setattr(module, "ray_session", start)
     with pytest.raises(UserError, match=r"data\.root: /no/such is not a folder"):
         getattr(module, job)(load_job(job, ["scale=tiny", "data=camus", "data.root=/no/such", "storage=/no/such"]))
+
+
+def test_a_finished_study_is_not_overwritten_before_its_job_can_begin(tmp_path: Path, monkeypatch) -> None:
+    from raysyn.cluster.compare import compare, compare_fingerprint
+    from raysyn.cluster.stage import open_stage
+
+    def refuse(*_: object) -> None:
+        raise UserError("ray.address: cannot reach it")
+
+    monkeypatch.setattr("raysyn.cluster.compare.ray_session", refuse)
+    job = load_job("compare", ["scale=tiny", f"storage={tmp_path}", "overwrite=true"])
+    stage = open_stage(str(tmp_path), "compare", compare_fingerprint(job))
+    stage.finish({"rows": []})
+    with pytest.raises(UserError, match="cannot reach it"):
+        compare(job)
+    assert stage.outcome() is not None
