@@ -172,12 +172,13 @@ def test_a_database_that_was_not_made_to_the_end_is_none(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_processes_that_make_the_database_at_once_agree(tmp_path: Path) -> None:
-    uri = tracking_uri(ON, str(tmp_path))
+    uri = tracking_uri(ON, str(tmp_path / "50%20 ?"))  # a folder's name that a URL would change
     assert not has_schema(uri)
     code = f"from raysyn.tracking import ensure_database; ensure_database({uri!r})"
     started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
     assert [p.communicate(timeout=200)[1] for p in started] == [b"", b""]
     assert has_schema(uri)
+    assert (tmp_path / "50%20 ?" / "mlflow.db").is_file()
 
 
 def test_nothing_is_logged_when_tracking_is_off(tmp_path: Path) -> None:

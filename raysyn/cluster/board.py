@@ -33,6 +33,13 @@ class _Board:
         return self.said
 
 
+def _name() -> str:
+    """Of this driver's board and of all that works for it: two jobs on one cluster do not see each other's."""
+    import ray
+
+    return f"{BOARD}-{ray.get_runtime_context().get_job_id()}"
+
+
 def _board() -> Any:
     """The board's actor; None when nobody watches in this session."""
     import ray
@@ -40,7 +47,7 @@ def _board() -> Any:
     if not ray.is_initialized():  # to look for the board would start a Ray of its own
         return None
     try:
-        return ray.get_actor(BOARD, namespace="raysyn")
+        return ray.get_actor(_name(), namespace="raysyn")
     except ValueError:
         return None
 
@@ -127,7 +134,7 @@ def watch(header: Callable[[], str], every_seconds: float = 10.0) -> Iterator[No
     if _board() is not None:
         yield
         return
-    board: Any = ray.remote(num_cpus=0)(_Board).options(name=BOARD, namespace="raysyn", get_if_exists=True).remote()
+    board: Any = ray.remote(num_cpus=0)(_Board).options(name=_name(), namespace="raysyn", get_if_exists=True).remote()
     stop, told = threading.Event(), 0
 
     def tell() -> None:

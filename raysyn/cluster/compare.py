@@ -255,16 +255,19 @@ def compare(config: CompareJob) -> Outcome:
     check_extractors(config.extractors)
     if own := sorted(set(config.search.space) & set(ROW_DECIDES)):
         raise UserError(f"search.space.{own[0]}: rows and curves set it themselves; search it with jobs/tune.py")
-    stage: StageDir = open_stage(config.storage, "compare", compare_fingerprint(config), overwrite=config.overwrite)
-    done = stage.outcome()
+    stage: StageDir = open_stage(config.storage, "compare", compare_fingerprint(config))
+    done = None if config.overwrite else stage.outcome()
     if done is not None:
         print_table(done.manifest["rows"])
         return done
     check_rows(config)
+    stage.storage.check_writable()
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     rows = study_rows(config)
     at_once = config.workers.min_workers or config.workers.num_workers  # a fit's workers start together
     with ray_session(config.ray, config.workers, at_once):
+        if config.overwrite:
+            stage.clear()
         result: GraphResult = run_graph(study_nodes(config, rows), stages_at_once(config))
         manifest = write_study(config, rows, result, stage.fingerprint)
     print_table(manifest["rows"])

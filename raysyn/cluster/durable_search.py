@@ -18,6 +18,7 @@ from typing import Any
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from raysyn.data.sqlite import sqlite_url
 from raysyn.data.storage import Storage
 from raysyn.types import UserError
 
@@ -75,7 +76,7 @@ class StudyCopy:
         self.path.unlink(missing_ok=True)
         if (storage := Storage.at(self.uri)).exists(STUDY):
             self.path.write_bytes(storage.read_bytes(STUDY))
-        return f"sqlite:///{self.path}"
+        return sqlite_url(self.path)
 
     def keep(self) -> None:
         """Put the file as it is now into the store."""

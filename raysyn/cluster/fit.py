@@ -152,14 +152,16 @@ def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencod
     from raysyn.cluster.inputs import frames_uri
 
     name = "fit_autoencoder" if what == "autoencoder" else "fit"
-    stage = open_stage(config.storage, name, key, overwrite=config.overwrite)
-    if (done := stage.outcome()) is not None:
+    stage = open_stage(config.storage, name, key)
+    if not config.overwrite and (done := stage.outcome()) is not None:
         return done
     frames = frames_uri(prepared)
     fit_config = config.model.vae.fit if what == "autoencoder" else config.model.fit
     splits = ("train", "validation") if fit_config.num_validation_images else ("train",)
     size = sum(resident_bytes(frames, split, config.data.image_size) for split in splits)
     check_resident(size, config.workers, "the frames")
+    if config.overwrite:
+        stage.clear()
     stage.storage.clean_temporaries()
     for mark in (STOP, BAD_INPUT):
         stage.storage.remove(mark)

@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.stage import StageDir, lost_shards, open_stage
+from raysyn.cluster.stage import StageDir, lost_shards, open_stage, refuse_foreign
 from raysyn.config import DataConfig, JobConfig, fingerprint
-from raysyn.data.frames import frames_to_table, table_to_bytes
+from raysyn.data.frames import frames_to_table, open_shard, table_to_bytes
 from raysyn.data.readers import Index, Patient, Reader, Skipped, open_reader
 from raysyn.data.schema import SCHEMA_VERSION
 from raysyn.data.storage import Storage
@@ -57,6 +58,7 @@ def _fingerprint(data: DataConfig, digest: str) -> str:
         shape |= {key: getattr(data, key) for key in keys} | {"phantom_version": PHANTOM_VERSION}
     else:
         shape |= {"on_bad_frame": data.on_bad_frame, "files": digest}
+        shape |= {"source": data.source} if data.source != "real" else {}
     return fingerprint("prepare", PREPARE_VERSION, SCHEMA_VERSION, PATIENTS_PER_SHARD, shape)
 
 
@@ -76,20 +78,20 @@ def prepare(config: JobConfig) -> Outcome:
     chunks = make_chunks(index.patients)
     if not any(c.name.startswith("train/") for c in chunks):
         raise UserError(f"data.root: {config.data.root}: no usable training patient is left; {_shown(index.skipped)}")
-    stage = open_stage(
-        config.storage,
-        "prepare",
-        _fingerprint(config.data, index.digest),
-        overwrite=config.overwrite and not config.plan_only,
-    )
+    stage = open_stage(config.storage, "prepare", _fingerprint(config.data, index.digest))
     if config.plan_only:
         return _plan(stage, reader, index, chunks)
-    if (done := stage.outcome()) is not None and not lost_shards(stage, done.manifest):
-        return done
+    if not config.overwrite:
+        refuse_foreign(stage, (chunk.name for chunk in chunks))
+        if (done := stage.outcome()) is not None and not lost_shards(stage, done.manifest):
+            return done
     for note in index.notes:
         print(f"prepare: note: {note}", flush=True)
-    stage.storage.clean_temporaries()
+    stage.storage.check_writable()
     with ray_session(config.ray):
+        if config.overwrite:
+            stage.clear()
+        stage.storage.clean_temporaries()
         shards = _run(reader, chunks, stage.storage)
     return stage.finish(_manifest(config.data, reader, index, shards, stage))
 
@@ -116,7 +118,8 @@ def make_shard(reader: Reader, chunk: Chunk, storage: Storage, write: bool) -> t
     """
     try:
         if storage.exists(chunk.name):
-            return _describe(chunk.name, storage.read_bytes(chunk.name)), b""
+            with open_shard(storage, chunk.name) as file:  # refuses what is none of frames, or was cut off
+                return _describe(chunk.name, storage.read_bytes(chunk.name), file), b""
         frames: list[Frame] = []
         skipped: list[Skipped] = []
         for patient in chunk.patients:
@@ -127,16 +130,13 @@ def make_shard(reader: Reader, chunk: Chunk, storage: Storage, write: bool) -> t
         data = table_to_bytes(frames_to_table(frames, {SKIPPED_KEY.decode(): listed}))
         if write:
             storage.write_atomic(chunk.name, data)
-        return _describe(chunk.name, data), b"" if write else data
+        return _describe(chunk.name, data, pq.ParquetFile(pa.BufferReader(data))), b"" if write else data
     except UserError as error:
         return {"problem": str(error)}, b""
 
 
-def _describe(name: str, data: bytes) -> dict[str, Any]:
+def _describe(name: str, data: bytes, file: pq.ParquetFile) -> dict[str, Any]:
     """A shard's entry, from its bytes alone, so that one found there and one just made are described alike."""
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(pa.BufferReader(data))
     columns = file.read(columns=["split", "view", "phase", "patient_id"]).to_pydict()
     return {
         "name": name,

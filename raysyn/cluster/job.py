@@ -83,7 +83,7 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
         module, _, function = stage.partition(":")
         outcome: Outcome = getattr(importlib.import_module(module), function)(config)
     except UserError as error:
-        print(f"raysyn {job}: {error}", file=sys.stderr)
+        print(f"raysyn {job}: {_user_error_within(error)}", file=sys.stderr)
         return 2
     except Fault as fault:
         print(f"raysyn {job}: {fault}", file=sys.stderr)
@@ -113,12 +113,18 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
 
 
 def _user_error_within(error: BaseException | None) -> UserError | None:
-    """The UserError that a Ray task or worker wrapped, if that is what went wrong."""
+    """The UserError that a Ray task or worker wrapped, if that is what went wrong.
+
+    What Ray raises for one is a UserError too, whose text is the worker's whole traceback; the innermost says the line.
+    """
     seen: set[int] = set()
+    found: UserError | None = None
     while error is not None and id(error) not in seen:
         if isinstance(error, UserError):
-            return UserError(str(error).strip().splitlines()[-1].removeprefix("raysyn.types.UserError: "))
+            found = error
         seen.add(id(error))
         inner = getattr(error, "cause", None)
-        error = inner if isinstance(inner, BaseException) else error.__cause__
-    return None
+        error = inner if isinstance(inner, BaseException) else None if found else error.__cause__
+    if found is None or type(found) is UserError:
+        return found
+    return UserError(str(found).strip().splitlines()[-1].removeprefix("raysyn.types.UserError: "))

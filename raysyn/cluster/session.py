@@ -43,13 +43,19 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _joined(address: str) -> str:
+    """The cluster to join, `address` or RAY_ADDRESS; "" where neither names one ("local": a Ray of our own)."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
 def secure(address: str = "") -> None:
     """Turn token authentication on for a Ray of our own. Ray reads this when it is imported, so it comes before that.
 
     Where a cluster is joined (`address` or RAY_ADDRESS) the caller's environment says how. Raises UserError when Ray
     was imported without it.
     """
-    if address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_AUTH_MODE") == "token":
+    if _joined(address) or os.environ.get("RAY_AUTH_MODE") == "token":
         return
     if "ray" in sys.modules:
         raise UserError("RAY_AUTH_MODE: set it to token (or import raysyn.cluster.session) before ray is imported")
@@ -118,7 +124,7 @@ def _join(address: str) -> None:
             raise UserError(f"ray.address: cannot reach {address} ({error}); is its head up?") from None
     try:
         ray.init(address=address, logging_level="error", log_to_driver=False)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:  # of no head, of an address that is none
         raise UserError(
             f"ray.address: cannot join {address} ({str(error).splitlines()[0]}); "
             "is its head up, and are RAY_AUTH_MODE=token and its token set here?"
@@ -160,7 +166,7 @@ def ray_session(config: RayConfig, workers: WorkersConfig | None = None, at_once
     secure(config.address)
     import ray
 
-    address, started = config.address or os.environ.get("RAY_ADDRESS", ""), not ray.is_initialized()
+    address, started = _joined(config.address), not ray.is_initialized()
     if started:
         with _own_sigterm():
             if address:

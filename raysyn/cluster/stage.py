@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +31,22 @@ class StageDir:
         return self.storage.uri
 
     def outcome(self) -> Outcome | None:
-        """What an earlier run finished here; None when there is no manifest, so work is to be done or resumed."""
+        """What an earlier run finished here; None when there is no manifest, so work is to be done or resumed.
+
+        Raises UserError for a manifest that is another stage's.
+        """
         if not self.storage.exists(MANIFEST):
             return None
         manifest = read_manifest(self.storage)
+        if (manifest.get("stage"), manifest.get("fingerprint")) != (self.stage, self.fingerprint):
+            where = self.storage.locate(MANIFEST)
+            raise UserError(f"{where}: is not of {self.stage} {self.fingerprint}; remove it and run again")
         return Outcome(self.stage, self.path, self.fingerprint, manifest, skipped=True)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here: for overwrite=true, once nothing can be refused any more."""
+        self.storage.remove(MANIFEST)  # first: killed in the middle, what is left must not read as whole
+        self.storage.remove_tree()
 
     def finish(self, manifest: dict[str, Any]) -> Outcome:
         """Write the manifest, which declares the rest of the folder whole."""
@@ -49,15 +61,17 @@ class StageDir:
         return Outcome(self.stage, self.path, self.fingerprint, manifest)
 
 
-def read_manifest(storage: Storage) -> Any:
+def read_manifest(storage: Storage) -> dict[str, Any]:
     """The manifest in a stage's folder, places as they are now.
 
     It names them as they were when it was written. A fingerprint names the same work wherever its storage was moved or
-    copied to, so what lies beside this stage now is taken first.
+    copied to, so what lies beside this stage now is taken first. Raises UserError for one that is no manifest.
     """
     manifest = storage.read_json(MANIFEST)
+    if not isinstance(manifest, dict):
+        raise UserError(f"{storage.locate(MANIFEST)}: is no manifest; remove it and run again")
     root = storage.parent.parent
-    for key in (key for key in PLACES if isinstance(manifest, dict) and manifest.get(key)):
+    for key in (key for key in PLACES if manifest.get(key)):
         here = root.join(place) if (place := below_storage(manifest[key])) else root
         if place and here.uri != manifest[key] and here.exists():
             manifest[key] = here.uri
@@ -68,6 +82,16 @@ def below_storage(uri: str) -> str:
     """`<stage>/<fingerprint>/…` of a place that a stage made, the same wherever its storage lies; "" for any other."""
     found = re.search(r"/([a-z_]+/[0-9a-f]{16}(?:/.*)?)$", Storage.at(uri).path)
     return found[1] if found else ""
+
+
+def refuse_foreign(stage: StageDir, names: Iterable[str]) -> None:
+    """Raise UserError for a Parquet file that is none of the shards `names`: readers of the folder would take it for one."""
+    ours = set(names)
+    foreign = next((name for name in stage.storage.list(suffix=".parquet") if name not in ours), None)
+    if foreign:
+        raise UserError(
+            f"{stage.storage.locate(foreign)}: not a shard of this data set; move it elsewhere, then run again"
+        )
 
 
 def lost_shards(stage: StageDir, manifest: Any) -> bool:
@@ -101,10 +125,6 @@ def _as_written(storage: Storage, record: Any) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
 
 
-def open_stage(storage_uri: str, stage: str, fingerprint: str, *, overwrite: bool = False) -> StageDir:
-    """The folder for `stage` under `storage_uri`; with `overwrite` what an earlier run left there is removed first."""
-    storage = Storage.at(storage_uri).join(stage, fingerprint)
-    if overwrite:
-        storage.remove(MANIFEST)  # first: killed in the middle, what is left must not read as whole
-        storage.remove_tree()
-    return StageDir(stage, fingerprint, storage)
+def open_stage(storage_uri: str, stage: str, fingerprint: str) -> StageDir:
+    """The folder for `stage` under `storage_uri`; nothing is written yet."""
+    return StageDir(stage, fingerprint, Storage.at(storage_uri).join(stage, fingerprint))

@@ -7,9 +7,8 @@ import dataclasses
 from typing import Any
 
 from raysyn.cluster.sampler_actor import SynthesisSpec
-from raysyn.cluster.stage import StageDir
+from raysyn.cluster.stage import StageDir, refuse_foreign
 from raysyn.data.frames import open_shard
-from raysyn.data.requests import RequestPlan
 from raysyn.data.storage import json_values
 from raysyn.types import UserError
 
@@ -36,7 +35,7 @@ def claim(stage: StageDir, spec: SynthesisSpec) -> SynthesisSpec:
     else:
         theirs = mine | _told_by_shards(stage)
         stage.storage.write_json(PLAN, theirs)
-    refuse_foreign(stage, spec.plan)
+    refuse_foreign(stage, (shard.name for shard in spec.plan.shards()))
     stage.storage.clean_temporaries(older_than_s=600)  # a killed run's last writer may still be at it
     threads = theirs.get("threads", spec.threads)
     return dataclasses.replace(spec, threads=threads, metadata={**spec.metadata, "raysyn_threads": str(threads)})
@@ -58,13 +57,3 @@ def _told_by_shards(stage: StageDir) -> dict[str, Any]:
     if names:
         raise UserError(f"{stage.path}: holds Parquet files that are not this data set's; overwrite=true replaces them")
     return {}
-
-
-def refuse_foreign(stage: StageDir, plan: RequestPlan) -> None:
-    """Raise UserError for a Parquet file that the plan does not name: whoever reads the folder would take it for frames."""
-    ours = {shard.name for shard in plan.shards()}
-    foreign = next((name for name in stage.storage.list(suffix=".parquet") if name not in ours), None)
-    if foreign:
-        raise UserError(
-            f"{stage.storage.locate(foreign)}: not a shard of this data set; move it elsewhere, then run again"
-        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import tempfile
 import time
 from typing import Any
 
 from raysyn.cluster.sampler_actor import SynthesisSpec
 from raysyn.config import SynthesizeJob
-from raysyn.types import Outcome
+from raysyn.types import Outcome, UserError
 
 NUM_BATCHES = 3
 
@@ -51,16 +53,21 @@ def estimate(config: SynthesizeJob, spec: SynthesisSpec, found: dict[str, Any]) 
 
 
 def probe(spec: SynthesisSpec) -> dict[str, Any]:
-    """Runs on a worker: draws three batches after one for warming up, writes none of them."""
+    """Runs on a worker: draws three batches after one for warming up, writes none of them. Raises UserError as it may."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from raysyn.cluster.sampler_actor import ShardWriter
     from raysyn.data.frames import frames_to_table, table_to_bytes
 
-    writer = ShardWriter(spec)
+    with tempfile.TemporaryDirectory() as folder:  # a sampler may keep there what it found out of its GPU
+        writer = ShardWriter(dataclasses.replace(spec, output=folder))
+    if writer.refused:
+        raise UserError(writer.refused)
     shard = next(s for s in spec.plan.shards())
-    batches = list(spec.plan.batches(dataclasses.replace(shard, stop=spec.plan.num_requests(shard.split))))
+    split = dataclasses.replace(shard, stop=spec.plan.num_requests(shard.split))
+    of_split = spec.plan.batches(split, getattr(writer.sampler, "batch_size", 0))
+    batches = list(itertools.islice(of_split, NUM_BATCHES + 1))
     batches = (batches * (NUM_BATCHES + 1))[: NUM_BATCHES + 1]
     with FlopCounterMode(display=False) as flops:
         writer.draw(shard.split, batches[0], *writer.conditions(shard.split, batches[0]))

@@ -22,9 +22,9 @@ from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.metrics_export import count
 from raysyn.cluster.sampler_actor import SUMMED, ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.stage import StageDir, lost_shards, open_stage
+from raysyn.cluster.stage import StageDir, lost_shards, open_stage, refuse_foreign
 from raysyn.cluster.synthesis_card import write_card
-from raysyn.cluster.synthesis_folder import claim, refuse_foreign
+from raysyn.cluster.synthesis_folder import claim
 from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
 from raysyn.data.frames import frame_files, read_light
 from raysyn.data.requests import RequestPlan
@@ -41,19 +41,19 @@ def synthesize(config: SynthesizeJob) -> Outcome:
 
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     check_gate(config.synthesize)
-    model_dir = find_model(config)
+    model = model_facts(config, find_model(config))
     with ray_session(config.ray, config.workers):
         prepared = prepare(_as(PrepareJob, config))
-        spec = make_spec(config, model_dir, frames_uri(prepared), prepared.fingerprint)
+        spec = make_spec(config, model, frames_uri(prepared), prepared.fingerprint)
         if config.plan_only or config.synthesize.plan_only:
             from raysyn.cluster.synthesis_plan import print_plan
 
             return print_plan(config, spec)
-        stage = open_stage(
-            config.storage, "synthesize", spec.metadata["raysyn_fingerprint"], overwrite=config.overwrite
-        )
+        stage = open_stage(config.storage, "synthesize", spec.metadata["raysyn_fingerprint"])
+        if config.overwrite:
+            stage.clear()
         if (done := stage.outcome()) is not None and not lost_shards(stage, done.manifest):
-            refuse_foreign(stage, spec.plan)
+            refuse_foreign(stage, (shard.name for shard in spec.plan.shards()))
             return done
         spec = claim(stage, spec)
         with watch(lambda: spec.key):
@@ -91,7 +91,11 @@ def mask_ids(frames: str, splits: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split in splits:
         found[split] = []
-        for storage, name in frame_files(frames, split):
+        try:
+            files = frame_files(frames, split)
+        except UserError as error:
+            raise UserError(f"synthesize.mask_splits: {split}: {error}") from None
+        for storage, name in files:
             found[split] += read_light(storage, name)["frame_id"].to_pylist()
     return found
 
@@ -106,32 +110,56 @@ def check_gate(synthesis: SynthesizeConfig) -> None:
         raise UserError(f"synthesize.segmenter_dir: {synthesis.segmenter_dir}: no such folder")
 
 
-def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerprint: str) -> SynthesisSpec:
-    """Everything that a worker needs, checked: a bad model folder is refused here, before work."""
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What of the model, and of the segmenter that judges, decides the images or is told beside them."""
+
+    folder: str
+    name: str
+    fingerprint: str
+    checkpoint_sha256: str
+    num_function_evals: int
+    fitted_on: tuple[str, ...]
+    segmenter_sha256: str
+
+
+def model_facts(config: SynthesizeJob, model_dir: str) -> ModelFacts:
+    """One that is bad, or not for this config, is refused here, before Ray and before frames are made for it."""
     from raysyn.cluster.model_store import check_model
     from raysyn.diffusion.generate import num_network_evals
     from raysyn.diffusion.precondition import PRECONDITIONINGS
     from raysyn.pipeline import guidance_doubt
 
-    synthesis = config.synthesize
-    check_gate(synthesis)
-    model = check_model(model_dir)
+    model, sampler = check_model(model_dir), config.model.sampler
     if model.image_size != config.data.image_size:
         raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
-    sampler = config.model.sampler
     if doubt := guidance_doubt(model.config, sampler):
         print(f"synthesize: {doubt}", file=sys.stderr, flush=True)
     precondition = PRECONDITIONINGS[model.config.precondition]()
-    evaluations = num_network_evals(sampler, precondition)  # refuses a grid that cannot be
+    return ModelFacts(
+        folder=model_dir,
+        name=model.config.name,
+        fingerprint=fingerprint(model.config),
+        checkpoint_sha256=model.checkpoint_sha256,
+        num_function_evals=num_network_evals(sampler, precondition),  # refuses a grid that cannot be
+        fitted_on=tuple(Storage.at(model_dir).read_json("model.json").get("patients", [])),
+        segmenter_sha256=_segmenter_sha256(config.synthesize),
+    )
+
+
+def make_spec(config: SynthesizeJob, model: ModelFacts, frames: str, frames_fingerprint: str) -> SynthesisSpec:
+    """Everything that a worker needs."""
+    synthesis, sampler = config.synthesize, config.model.sampler
     settings = settings_of(model.checkpoint_sha256, sampler, synthesis)
     placement = ("modulation_cache_bytes", "compile", "plan_only")  # a grey level at most, as the kind of device does
     decisive = {k: v for k, v in dataclasses.asdict(synthesis).items() if k not in placement}
-    segmenter = decisive["segmenter_dir"] = _segmenter_sha256(synthesis)  # what it is, not where it lies
+    decisive["segmenter_dir"] = model.segmenter_sha256  # what it is, not where it lies
     key = fingerprint("synthesize 4", frames_fingerprint, settings, decisive)
     metadata = {
         "raysyn_fingerprint": key,
         "raysyn_schema_version": SCHEMA_VERSION,
-        "raysyn_model": model.config.name,
+        "raysyn_model": model.name,
+        "raysyn_model_fingerprint": model.fingerprint,
         "raysyn_checkpoint_sha256": model.checkpoint_sha256,
         "raysyn_threads": str(config.workers.threads_per_worker),
         "raysyn_sampler": json.dumps(json_values(settings["sampler"]), sort_keys=True),
@@ -139,8 +167,8 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
         "raysyn_amp": synthesis.amp,
         "raysyn_packages": ", ".join(f"{p} {version(p)}" for p in PACKAGES),
     }
-    if segmenter:
-        metadata["raysyn_segmenter_sha256"] = segmenter
+    if model.segmenter_sha256:
+        metadata["raysyn_segmenter_sha256"] = model.segmenter_sha256
     return SynthesisSpec(
         plan=RequestPlan.of(synthesis, mask_ids(frames, synthesis.mask_splits)),
         config=synthesis,
@@ -148,14 +176,14 @@ def make_spec(config: SynthesizeJob, model_dir: str, frames: str, frames_fingerp
         metadata=metadata,
         frames=frames,
         output=Storage.at(config.storage).join("synthesize", key).uri,
-        model_dir=model_dir,
-        model=model.config.name,
+        model_dir=model.folder,
+        model=model.name,
         solver=sampler.solver,
         num_steps=sampler.num_steps,
-        num_function_evals=evaluations,
+        num_function_evals=model.num_function_evals,
         threads=config.workers.threads_per_worker,
-        key=f"synthesize {model.config.name} {sampler.solver} {sampler.num_steps}",
-        fitted_on=tuple(Storage.at(model_dir).read_json("model.json").get("patients", [])),
+        key=f"synthesize {model.name} {sampler.solver} {sampler.num_steps}",
+        fitted_on=model.fitted_on,
     )
 
 

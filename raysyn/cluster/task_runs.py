@@ -24,7 +24,7 @@ REALISM_VERSION = "realism 5"
 def set_fingerprint(uri: str) -> str:
     """What a frame set's own manifest says of it; the URI itself for a set that is not ours."""
     storage = Storage.at(uri)
-    return storage.read_json("manifest.json")["fingerprint"] if storage.exists("manifest.json") else uri
+    return str(read_manifest(storage).get("fingerprint", uri)) if storage.exists("manifest.json") else uri
 
 
 def refuse_leak(uri: str, frames: FrameArrays, test: FrameArrays) -> None:

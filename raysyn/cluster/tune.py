@@ -38,15 +38,17 @@ def tune(config: TuneJob) -> Outcome:
     check_sets([uri for uri in sets if uri != real])
     trained = [frames if uri == real else set_fingerprint(uri) for uri in sets]
     key = fingerprint("tune", config.task, config.search, space, trained, frames)
-    if not config.overwrite and (done := open_stage(config.storage, "tune", key).outcome()) is not None:
+    stage = open_stage(config.storage, "tune", key)
+    if not config.overwrite and (done := stage.outcome()) is not None:
         return done
     check_nets(space, config)
     with ray_session(config.ray, config.workers):
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
         prepare(PrepareJob(**{**shared, "overwrite": False, "plan_only": False}))
-        stage = open_stage(config.storage, "tune", key, overwrite=config.overwrite)
         for uri in sets:  # a leak is refused before any trial
             load_sets([uri], real, config.task)
+        if config.overwrite:
+            stage.clear()
         with watch(lambda: f"tune {config.task.kind}"):
             return stage.finish(search(config, stage, space, sets, real))
 

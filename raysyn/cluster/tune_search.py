@@ -17,6 +17,7 @@ from raysyn.cluster.stage import StageDir
 from raysyn.cluster.task_runs import load_sets
 from raysyn.cluster.tune_space import MIN_FAITHFULNESS, NOT_OF_TASK, TRAIN_SET, max_iterations, suggest, trial_task
 from raysyn.config import SearchConfig, TaskConfig, TrackingConfig, TuneJob, fingerprint, to_dict
+from raysyn.data.sqlite import sqlite_url
 from raysyn.data.storage import Storage
 from raysyn.types import Fault, FrameArrays, UserError
 
@@ -92,7 +93,7 @@ def _optuna_search(search: SearchConfig, stage: StageDir, space: dict[str, Any])
 
     from raysyn.cluster.durable_search import STUDY, DurableOptunaSearch, StudyCopy, study_storage
 
-    copy, url = None, search.optuna_url or f"sqlite:///{stage.storage.path}/{STUDY}"
+    copy, url = None, search.optuna_url or sqlite_url(f"{stage.storage.path}/{STUDY}")
     if not search.optuna_url and not stage.storage.is_local:
         copy = StudyCopy(stage.storage.uri, stage.fingerprint)
         url = copy.fetch()

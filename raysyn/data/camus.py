@@ -117,7 +117,9 @@ def _read_nifti(file: str) -> tuple[np.ndarray, tuple[float, float]]:
         if len(raw) < needed:
             raise BadPicture(file, f"cannot be read as NIfTI, it is cut off: {len(raw)} of {needed} bytes")
         values = np.asanyarray(image.dataobj)
-        zooms = [float(z) for z in header.get_zooms()]
+        # As it was written: nibabel's own header has 1 mm where the file says 0, that is, unknown.
+        stored = kind.header_class(raw[: header.template_dtype.itemsize], check=False)["pixdim"]
+        zooms = [abs(float(z)) for z in stored[1:3]]
     except (HeaderDataError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise BadPicture(file, f"cannot be read as NIfTI, its header is damaged ({_line(error)})") from None
     while values.ndim > 2 and values.shape[-1] == 1:

@@ -7,6 +7,7 @@ The same rows give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -146,22 +147,24 @@ def frame_files(uri: str | Storage, split: str | None = None) -> list[tuple[Stor
     return [(storage, name) for name in names]
 
 
-def open_shard(storage: Storage, name: str) -> pq.ParquetFile:
-    """A Parquet file of frames, its schema checked. Raises UserError that names the file and what to do.
+@contextlib.contextmanager
+def open_shard(storage: Storage, name: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of frames for the block. Raises UserError, naming it: not there, no frames, cut off or damaged.
 
     An object that does not read as Parquet is fetched once more: pyarrow takes a body as long as announced for whole.
     """
     where = storage.locate(name)
     try:
-        file = _parquet(storage, name)
+        with _parquet(storage, name) as file:
+            check_schema(file.schema_arrow, where)
+            yield file
     except FileNotFoundError:
         raise UserError(f"{where}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{where}: not a whole Parquet file ({_first_line(error)}); remove it and make it again"
-        ) from None
-    check_schema(file.schema_arrow, where)
-    return file
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of what the file holds
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where}: not a whole Parquet file ({line}); remove it and make it again") from None
 
 
 def _parquet(storage: Storage, name: str) -> pq.ParquetFile:
@@ -177,16 +180,12 @@ def _parquet(storage: Storage, name: str) -> pq.ParquetFile:
         raise pa.ArrowInvalid(f"{len(again)} bytes that end in {again[-8:]!r}: {error}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def read_light(storage: Storage, name: str) -> pa.Table:
     """All columns of a shard but the pictures, in the schema's own types, checked. Raises UserError as `open_shard`."""
     with open_shard(storage, name) as file:
         table = file.read(columns=list(LIGHT_COLUMNS)).select(LIGHT_COLUMNS)
-    check_table(table, storage.locate(name))
-    return table.cast(pa.schema([SCHEMA.field(key) for key in LIGHT_COLUMNS]))
+        check_table(table, storage.locate(name))
+        return table.cast(pa.schema([SCHEMA.field(key) for key in LIGHT_COLUMNS]))
 
 
 def read_frames(uri: str | Storage, split: str | None = None, limit: int | None = None) -> Iterator[Frame]:

@@ -33,8 +33,7 @@ def check_readable(file: str) -> None:
 
 def as_grey(values: np.ndarray, file: str) -> np.ndarray:
     """Grey levels as uint8 [H, W]. Raises BadPicture unless it is one picture with values in 0 to 255."""
-    if values.ndim != 2 or not values.size:
-        raise BadPicture(file, f"holds an array of shape {list(values.shape)}, not one picture")
+    _check_plain(values, file, "picture")
     if values.dtype == np.uint8:
         return values
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
@@ -46,14 +45,21 @@ def as_grey(values: np.ndarray, file: str) -> np.ndarray:
 
 def as_labels(values: np.ndarray, file: str, num_labels: int) -> np.ndarray:
     """Labels as uint8 [H, W]. Raises BadPicture for a value that is not one of 0 … `num_labels` - 1."""
-    if values.ndim != 2 or not values.size:
-        raise BadPicture(file, f"holds an array of shape {list(values.shape)}, not one label map")
+    _check_plain(values, file, "label map")
     known = np.isin(values, np.arange(num_labels))
     if not known.all():
         unknown = np.unique(values[~known])
         shown = ", ".join(f"{v:g}" for v in unknown[:5])
         raise BadPicture(file, f"holds unknown label values {shown}; known are 0 to {num_labels - 1}")
     return values.astype(np.uint8)
+
+
+def _check_plain(values: np.ndarray, file: str, what: str) -> None:
+    if values.ndim != 2 or not values.size:
+        raise BadPicture(file, f"holds an array of shape {list(values.shape)}, not one {what}")
+    if values.dtype.kind not in "buif":
+        kind = "colours" if values.dtype.names else f"{values.dtype} numbers"
+        raise BadPicture(file, f"holds {kind}, not one {what}")
 
 
 def sector_mask(image: np.ndarray, file: str) -> np.ndarray:

@@ -31,6 +31,7 @@ from raysyn.data.readers import (
 from raysyn.labels import STRUCTURES, from_camus
 from raysyn.types import Frame, UserError
 
+BIT_DEPTH = 24  # where a PNG tells it
 FOLDERS = {"train": "training", "validation": "validation", "test": "testing"}
 NAME = re.compile(
     r"(?:(?P<prefix>[A-Za-z0-9.-]+(?:_[A-Za-z0-9.-]+)*)_)?"
@@ -100,6 +101,9 @@ def _read_png(file: str, palette_is_grey: bool = False) -> np.ndarray:
         raise BadPicture(file, f"cannot be read as PNG, it may be cut off ({reason})") from None
     if b"IEND\xaeB`\x82" not in raw[-64:]:
         raise BadPicture(file, "cannot be read as PNG, its end is cut off")
+    depth = raw[BIT_DEPTH]
+    if depth > 8 or (depth < 8 and mode == "L" and not palette_is_grey):  # Pillow scales both: labels would change
+        raise BadPicture(file, f"is not an 8-bit grey PNG ({depth} bits a sample)")
     if mode in ("L", "P"):
         return values
     if (

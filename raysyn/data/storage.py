@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysyn.data.local_files import TEMPORARY, write_whole
-from raysyn.data.object_store import explain_fault, open_s3, retried
+from raysyn.data.object_store import open_s3, retried
+from raysyn.data.storage_faults import check_path, check_place, clear_errors
 from raysyn.types import UserError
 
 Names = list[str]  # inside the class `list` is the method
 ONE_PUT = 10 << 20  # what pyarrow sends in one request
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Storage:
         text = str(uri)
         if not text:
             raise UserError("storage: is empty; give a folder or s3://bucket/prefix")
+        check_path(text)
         scheme, separator, rest = text.partition("://")
         if not separator:
             return Storage(os.path.abspath(os.path.expanduser(text)))
@@ -101,14 +101,22 @@ class Storage:
         """Path or URI of a file here, as messages show it."""
         return self._at(name) if self.is_local else f"s3://{self._at(name)}"
 
+    def check_writable(self) -> None:
+        """Raise UserError, before work whose result would be lost, where a folder cannot be made or written to.
+
+        Of an object store that is only known from the first put.
+        """
+        if self.is_local:
+            check_place(Path(self.path))
+
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder is there; a file under a temporary name never counts."""
-        with _clear_errors("reading", self.locate(name)):
+        with clear_errors("reading", self.locate(name)):
             return bool(self.fs.get_file_info(self._at(name)).type != pafs.FileType.NotFound)
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
-        with _clear_errors("reading", self.locate(name)):
+        with clear_errors("reading", self.locate(name)):
             info = self.fs.get_file_info(self._at(name))
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(errno.ENOENT, "no such file", self.locate(name))
@@ -127,7 +135,7 @@ class Storage:
 
     def _list(self, prefix: str) -> dict[str, int]:
         selector = pafs.FileSelector(self._at(prefix.strip("/")), recursive=True, allow_not_found=True)
-        with _clear_errors("reading", self.locate(prefix)):
+        with clear_errors("reading", self.locate(prefix)):
             found = self.fs.get_file_info(selector)
         start = len(self.path.rstrip("/")) + 1
         return dict(sorted((info.path[start:], int(info.size)) for info in found if info.type == pafs.FileType.File))
@@ -139,7 +147,7 @@ class Storage:
         """
         if not self.is_local:
             return pa.BufferReader(self.read_bytes(name))
-        with _clear_errors("reading", self.locate(name)):
+        with clear_errors("reading", self.locate(name)):
             return self.fs.open_input_file(self._at(name))
 
     def read_bytes(self, name: str) -> bytes:
@@ -149,7 +157,7 @@ class Storage:
             with self.fs.open_input_file(self._at(name)) as file:
                 return bytes(file.read())
 
-        with _clear_errors("reading", self.locate(name)):
+        with clear_errors("reading", self.locate(name)):
             return read() if self.is_local else retried(read)
 
     def write_atomic(self, name: str, data: bytes) -> None:
@@ -157,7 +165,7 @@ class Storage:
 
         Raises UserError when there is no space left or no permission; nothing of the file is left then.
         """
-        with _clear_errors("writing", self.locate(name)):
+        with clear_errors("writing", self.locate(name)):
             if self.is_local:
                 write_whole(Path(self._at(name)), data)
                 return
@@ -194,16 +202,16 @@ class Storage:
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file, indented, keys in the order given, written atomically; null for a number that is not finite."""
         text = json.dumps(json_values(value), indent=1, ensure_ascii=False, allow_nan=False)
-        self.write_atomic(name, f"{text}\n".encode())
+        self.write_atomic(name, f"{text}\n".encode(errors="backslashreplace"))  # what is not UTF-8 in a file's name
 
     def remove(self, name: str) -> None:
         """Remove one file; one that is not there is fine."""
-        with _clear_errors("removing", self.locate(name)), contextlib.suppress(FileNotFoundError):
+        with clear_errors("removing", self.locate(name)), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self._at(name))
 
     def remove_tree(self, name: str = "") -> None:
         """Remove the folder `name` (this storage itself by default) with all it holds; absent is fine."""
-        with _clear_errors("removing", self.locate(name)), contextlib.suppress(FileNotFoundError):
+        with clear_errors("removing", self.locate(name)), contextlib.suppress(FileNotFoundError):
             if self.fs.get_file_info(self._at(name)).type == pafs.FileType.Directory:
                 self.fs.delete_dir(self._at(name))
 
@@ -247,28 +255,3 @@ def _is_temporary(name: str) -> bool:
 @functools.cache
 def _local_filesystem() -> Any:
     return pafs.LocalFileSystem()
-
-
-@contextlib.contextmanager
-def _clear_errors(doing: str, where: str) -> Iterator[None]:
-    """Turn faults that the user can mend into UserError: no space, no permission, a file where a folder should be."""
-    try:
-        yield
-    except OSError as error:
-        problem = _explain(error)
-        if problem is None:
-            raise
-        raise UserError(f"{where}: {problem} (while {doing} it)") from error
-
-
-def _explain(error: OSError) -> str | None:
-    text = str(error)
-    if error.errno in _NO_SPACE or "[errno 28]" in text or "[errno 122]" in text:
-        return "no space left on that device; free some or choose another storage="
-    if error.errno in _REFUSED or isinstance(error, PermissionError):
-        return "no permission; change its mode or choose another place"
-    if error.errno == errno.ENOTDIR or isinstance(error, NotADirectoryError | FileExistsError):
-        return "a file stands where a folder should be; remove it or choose another storage="
-    if error.errno is None and "AWS Error" in text:
-        return explain_fault(text)
-    return None

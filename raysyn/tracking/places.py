@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raysyn.config import TrackingConfig
+from raysyn.data.sqlite import sqlite_file, sqlite_url
 from raysyn.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, the image's app or a job's upload
@@ -39,7 +40,7 @@ def tracking_uri(tracking: TrackingConfig, storage: str) -> str:
             f"tracking.uri: storage is {storage}, where no sqlite database can live; "
             "set tracking.uri=http://... (an MLflow server) or tracking.enabled=false"
         )
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return sqlite_url(folder / "mlflow.db")
 
 
 def artifact_location(uri: str, storage: str) -> str | None:
@@ -63,8 +64,8 @@ def ensure_database(uri: str) -> None:
 
 def has_schema(uri: str) -> bool:
     """A sqlite file with MLflow's tables is at `uri`."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not path.is_file():
+    path = sqlite_file(uri)
+    if path is None or not path.is_file():
         return False
     with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -97,21 +98,20 @@ def open_client(uri: str) -> Any:
 
 def _make_database(uri: str) -> None:
     """A new sqlite file appears with all of MLflow's tables: killed while it makes them, it cannot open what is left."""
-    database = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or database.exists():
+    database = sqlite_file(uri)
+    if database is None or database.exists():
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     temporary = database.with_name(f".tmp-{database.name}")  # what a killed process left goes first: its lock is ours
     for leftover in database.parent.glob(f"{temporary.name}*"):
         leftover.unlink()
-    SqlAlchemyStore(f"sqlite:///{temporary}", "./mlruns").engine.dispose()
+    SqlAlchemyStore(sqlite_url(temporary), "./mlruns").engine.dispose()
     os.replace(temporary, database)
 
 
 def _lock_file(uri: str) -> Path:
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///"))
+    if (database := sqlite_file(uri)) is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
         return database.with_name(f"{database.name}.lock")
     return Path(tempfile.gettempdir()) / f"raysyn-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"

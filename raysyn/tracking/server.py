@@ -13,6 +13,7 @@ import urllib.request
 from contextlib import closing
 from pathlib import Path
 
+from raysyn.data.sqlite import sqlite_url
 from raysyn.tracking.places import QUIET, has_schema
 from raysyn.tracking.study import VIEW_TAG, view_path
 from raysyn.types import UserError
@@ -27,7 +28,7 @@ def find_database(folder: str | Path) -> Path:
     Raises UserError when there is none.
     """
     folder = Path(folder)
-    found = [p for p in sorted(folder.rglob("mlflow.db")) if has_schema(f"sqlite:///{p}")] if folder.is_dir() else []
+    found = [p for p in sorted(folder.rglob("mlflow.db")) if has_schema(sqlite_url(p))] if folder.is_dir() else []
     if not found:
         raise UserError(f"{folder}: no MLflow database (mlflow.db) in or below it; run `make demo` or a job first")
     demo = folder / "demo" / "mlflow.db"
@@ -105,7 +106,7 @@ def serve(folder: str, port: int = 5000) -> None:
     database = find_database(folder)
     port = free_port(port)
     print(f"starting MLflow over {database} (about half a minute) ...", flush=True)
-    process = start_server(f"sqlite:///{database.resolve()}", port, str(database.resolve().parent / "mlartifacts"))
+    process = start_server(sqlite_url(database.resolve()), port, str(database.resolve().parent / "mlartifacts"))
     try:
         wait_until_up(process, port)
         print(f'http://127.0.0.1:{port}   (choose "Model training"; Ctrl-C ends it)', flush=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 import pytest
 import ray
 
+from raysyn.cluster import board
 from raysyn.cluster.board import _shown, relay_warnings, reporter, watch
 from raysyn.cluster.session import ray_session
 from raysyn.config import RayConfig
@@ -43,9 +46,20 @@ def test_where_no_ray_runs_none_is_started_to_report() -> None:
     assert not ray.is_initialized()
 
 
+@contextlib.contextmanager
+def watched_by_another_job() -> Iterator[None]:
+    """As where two drivers share a cluster, and the other one was first."""
+    with contextlib.ExitStack() as other:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(board, "_name", lambda: f"{board.BOARD}-ffffffff")
+            other.enter_context(watch(lambda: "the other's", every_seconds=1000.0))
+        yield
+
+
 @pytest.mark.cluster
 def test_a_log_gets_lines_from_whoever_reports(capsys: pytest.CaptureFixture) -> None:
-    with ray_session(RayConfig(num_cpus=1, object_store_mb=100)), watch(lambda: "1/2 stages", every_seconds=0.2):
+    own = RayConfig(num_cpus=1, object_store_mb=100)
+    with ray_session(own), watched_by_another_job(), watch(lambda: "1/2 stages", every_seconds=0.2):
         report = reporter("prepare")
         deadline = time.monotonic() + 60
         said = ""

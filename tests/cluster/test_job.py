@@ -29,6 +29,26 @@ def refuses_within_ray(config: object) -> Outcome:
     raise wrapped
 
 
+def refuses_as_ray_tells_it(config: object) -> Outcome:
+    from ray.exceptions import RayTaskError
+
+    cause = UserError("mask.png: too small")
+    error = RayTaskError("task", "Traceback:\n  File x\nraysyn.types.UserError: mask.png: too small", cause)
+    raised = error.as_instanceof_cause()
+    assert isinstance(raised, UserError)
+    raise raised
+
+
+def refuses_in_a_task_within_a_task(config: object) -> Outcome:
+    from ray.exceptions import RayTaskError
+
+    try:
+        refuses_as_ray_tells_it(config)
+    except UserError as error:
+        raise RayTaskError("outer", "Traceback:\n  File y\n", error) from None
+    raise AssertionError
+
+
 def breaks(config: object) -> Outcome:
     raise OSError("the disk is on fire")
 
@@ -63,6 +83,8 @@ def is_interrupted(config: object) -> Outcome:
         (done, 0, "fit: done: here"),
         (refuses, 2, "raysyn fit: mask.png: too small"),
         (refuses_within_ray, 2, "raysyn fit: mask.png: too small"),
+        (refuses_as_ray_tells_it, 2, "raysyn fit: mask.png: too small\n"),
+        (refuses_in_a_task_within_a_task, 2, "raysyn fit: mask.png: too small\n"),
         (breaks, 1, "the same command resumes"),
         (stops, 0, "resumable"),
         (waits_within_ray, 0, "stopped by SIGTERM; resumable"),
@@ -79,6 +101,7 @@ def test_exit_codes(stage, code: int, says: str, capsys: pytest.CaptureFixture[s
         signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
     assert says in out + err
+    assert code != 2 or err.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage", [breaks, stops])
@@ -117,3 +140,19 @@ def test_input_that_is_not_there_is_refused_before_ray_starts(job: str, monkeypa
     monkeypatch.setattr(module, "ray_session", start)
     with pytest.raises(UserError, match=r"data\.root: /no/such is not a folder"):
         getattr(module, job)(load_job(job, ["scale=tiny", "data=camus", "data.root=/no/such", "storage=/no/such"]))
+
+
+def test_a_finished_study_is_not_overwritten_before_its_job_can_begin(tmp_path: Path, monkeypatch) -> None:
+    from raysyn.cluster.compare import compare, compare_fingerprint
+    from raysyn.cluster.stage import open_stage
+
+    def refuse(*_: object) -> None:
+        raise UserError("ray.address: cannot reach it")
+
+    monkeypatch.setattr("raysyn.cluster.compare.ray_session", refuse)
+    job = load_job("compare", ["scale=tiny", f"storage={tmp_path}", "overwrite=true"])
+    stage = open_stage(str(tmp_path), "compare", compare_fingerprint(job))
+    stage.finish({"rows": []})
+    with pytest.raises(UserError, match="cannot reach it"):
+        compare(job)
+    assert stage.outcome() is not None

@@ -20,6 +20,7 @@ from raysyn.cluster.inputs import (
     prepare_fingerprint,
 )
 from raysyn.cluster.session import ray_session
+from raysyn.cluster.stage import open_stage
 from raysyn.config import DataConfig, PrepareJob, RayConfig
 from raysyn.data.frames import read_arrays, read_frames
 from raysyn.data.readers import Patient, open_reader
@@ -105,6 +106,13 @@ def test_fingerprint_names_what_decides_the_frames(tmp_path: Path) -> None:
     before = prepare_fingerprint(camus_job(tmp_path, real))
     os.utime(real / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz", (1, 1))
     assert prepare_fingerprint(camus_job(tmp_path, real)) != before
+    (tmp_path / "png" / "images" / "training").mkdir(parents=True)
+    pictures = [
+        DataConfig(name="png_folder", root=str(tmp_path / "png"), source=source) for source in ("real", "synthetic")
+    ]
+    assert len({prepare_fingerprint(PrepareJob(data=data)) for data in pictures}) == 2, (
+        "else one is taken for the other"
+    )
 
 
 def test_plan_only_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,10 +217,45 @@ def test_one_bad_frame_and_nothing_is_written(session, tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_worker_that_cannot_write_gives_one_clear_line(session, tmp_path: Path) -> None:
-    (tmp_path / "prepare").write_text("a file where the folder should be")
+    job = phantom_job(tmp_path, num_train_patients=1)
+    place = tmp_path / "prepare" / prepare_fingerprint(job)
+    place.mkdir(parents=True)
+    (place / "train").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"shard-00000\.parquet: a file stands where a folder should be") as caught:
-        prepare(phantom_job(tmp_path, num_train_patients=1))
+        prepare(job)
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_done_is_said_before_ray_starts_and_removes_nothing(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_) -> None:
+        raise UserError("ray.address: cannot reach it")
+
+    monkeypatch.setattr("raysyn.cluster.inputs.ray_session", refuse)
+    (tmp_path / "file").write_text("oops")
+    with pytest.raises(UserError, match="a file stands where a folder should be"):
+        prepare(phantom_job(tmp_path / "file"))
+    job = phantom_job(tmp_path)
+    stage = open_stage(str(tmp_path), "prepare", prepare_fingerprint(job))
+    stage.storage.write_atomic("train/shard-00009.parquet", b"of elsewhere")
+    with pytest.raises(UserError, match=r"shard-00009\.parquet: not a shard of this data set"):
+        prepare(job)
+    stage.storage.remove("train/shard-00009.parquet")
+    stage.finish({"shards": []})
+    job.overwrite = True
+    with pytest.raises(UserError, match="cannot reach it"):
+        prepare(job)
+    assert stage.outcome() is not None
+
+
+def test_a_shard_that_was_cut_off_meanwhile_is_named(tmp_path: Path) -> None:
+    reader = open_reader(phantom_job(tmp_path, num_train_patients=1).data)
+    (chunk, *_), storage = make_chunks(reader.index().patients), Storage.at(tmp_path)
+    made, _ = make_shard(reader, chunk, storage, True)
+    assert make_shard(reader, chunk, storage, True)[0] == made, "found as it was made"
+    whole = storage.read_bytes(chunk.name)
+    for spoilt in (whole[:-9], b""):
+        storage.write_atomic(chunk.name, spoilt)
+        assert "shard-00000.parquet: not a whole Parquet file" in make_shard(reader, chunk, storage, True)[0]["problem"]
 
 
 @pytest.mark.cluster

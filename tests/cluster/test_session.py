@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raysyn.cluster.session import ray_session
+from raysyn.cluster.session import ray_session, secure
 from raysyn.config import RayConfig
 from raysyn.types import UserError
 
@@ -87,6 +87,32 @@ def test_workers_that_never_fit_are_refused_and_do_not_wait() -> None:
     assert cpu.startswith("workers.cpus_per_worker: 2 worker(s) of 1.5 CPU do not fit this machine's 2")
 
 
-def test_an_unreachable_address_is_bad_input() -> None:
-    with pytest.raises(UserError, match=r"ray\.address: cannot reach"), ray_session(RayConfig(address="127.0.0.1:1")):
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "cannot reach 127.0.0.1:1 "),
+        ("http://127.0.0.1:8265", "cannot reach http://"),
+        ("somewhere", "cannot join somewhere "),
+    ],
+)
+def test_an_unreachable_address_is_bad_input(address: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"ray\.address: {says}") as caught, ray_session(RayConfig()):
         pass
+    assert "\n" not in str(caught.value)
+    monkeypatch.delenv("RAY_ADDRESS")
+    if ":" in address:
+        with pytest.raises(UserError, match=says), ray_session(RayConfig(address=address)):
+            pass
+
+
+def test_a_local_address_is_a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its token and its `ray.num_cpus`, where the variable, taken as a cluster's, would have neither."""
+    started = []
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr("raysyn.cluster.session._start_local", started.append)
+    with ray_session(own := RayConfig(num_cpus=1)):
+        assert started == [own]
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(UserError, match="RAY_AUTH_MODE: set it to token"):
+        secure()

@@ -3,7 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import pytest
+
 from raysyn.cluster.stage import below_storage, lost_shards, open_stage
+from raysyn.types import UserError
 
 FRAMES, VAE, FIT = "0" * 16, "1" * 16, "2" * 16
 
@@ -45,3 +48,12 @@ def test_a_stages_place_is_told_from_any_other() -> None:
     assert below_storage(f"/a/task/{FIT}/model") == f"task/{FIT}/model"
     assert below_storage(f"s3://b/a/prepare/{FIT}?region=x") == f"prepare/{FIT}"
     assert below_storage("/a/task/model") == ""
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"stage": "fit", "fingerprint": "f1"}', '{"stage": "prep'])
+def test_a_manifest_of_something_else_is_named_and_stays(tmp_path: Path, content: str) -> None:
+    stage = open_stage(str(tmp_path), "prepare", FRAMES)
+    stage.storage.write_atomic("manifest.json", content.encode())
+    with pytest.raises(UserError, match=r"manifest\.json: .*remove it and run again"):
+        stage.outcome()
+    assert stage.storage.read_bytes("manifest.json").decode() == content

@@ -12,8 +12,8 @@ import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, read_record, settings_of
 from raysyn.cluster.stage import lost_shards, open_stage
-from raysyn.cluster.synthesis_folder import refuse_foreign
-from raysyn.cluster.synthesize import claim
+from raysyn.cluster.synthesis_plan import probe
+from raysyn.cluster.synthesize import claim, mask_ids
 from raysyn.config import SamplerConfig, SynthesizeConfig, TaskConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
 from raysyn.data.phantom import phantom_patient
@@ -139,7 +139,7 @@ def test_what_a_killed_overwrite_leaves_is_not_whole(tmp_path, monkeypatch) -> N
 
     monkeypatch.setattr(Storage, "remove_tree", killed)
     with pytest.raises(KeyboardInterrupt):
-        open_stage(str(tmp_path), "synthesize", "key", overwrite=True)
+        stage.clear()
     assert open_stage(str(tmp_path), "synthesize", "key").outcome() is None
     assert stage.storage.exists("train/a.parquet")
 
@@ -186,9 +186,15 @@ def test_a_file_that_readers_would_take_for_a_shard_is_refused(frames, tmp_path)
     stage.storage.write_atomic("notes.txt", b"x")
     claim(stage, spec)
     stage.storage.write_atomic("train/shard-00000 (copy).parquet", b"x")
-    for check in (lambda: claim(stage, spec), lambda: refuse_foreign(stage, spec.plan)):
-        with pytest.raises(UserError, match=r"\(copy\)\.parquet: not a shard of this data set"):
-            check()
+    with pytest.raises(UserError, match=r"\(copy\)\.parquet: not a shard of this data set"):
+        claim(stage, spec)
+
+
+def test_a_split_without_masks_is_told_by_its_key(frames, tmp_path) -> None:
+    write_frames(Storage.at(tmp_path), "train/shard-00000.parquet", list(read_frames(frames, "train", limit=2)))
+    assert len(mask_ids(str(tmp_path), ["train"])["train"]) == 2
+    with pytest.raises(UserError, match=r"synthesize\.mask_splits: validation: .*no validation frames"):
+        mask_ids(str(tmp_path), ["train", "validation"])
 
 
 def test_what_is_written_of_a_synthesis_is_json_to_every_reader(frames, tmp_path) -> None:
@@ -212,6 +218,8 @@ def test_what_a_worker_cannot_load_is_refused_and_no_fault(frames, tmp_path, mon
         patched.setattr("raysyn.tasks.fitting.load_task", lambda _: SimpleNamespace(task=TaskConfig("classification")))
         with pytest.raises(UserError, match="segmenter holds a classification network"):
             faithfulness_of(spec.config)
+    with pytest.raises(UserError, match="segmenter: not a task model"):
+        probe(spec)
     writer = ShardWriter(spec)
     shard = next(spec.plan.shards())
     rows = {key: np.array([getattr(shard, key)]) for key in ("split", "number", "start", "stop")}
@@ -246,3 +254,26 @@ def test_a_quality_gate_without_a_judge_is_refused(tmp_path) -> None:
         synthesize(load_job("synthesize", [*base, f"synthesize.segmenter_dir={tmp_path}/none"]))
     with pytest.raises(UserError, match="is not fitted under"):
         synthesize(load_job("synthesize", base[:2]))
+
+
+def test_a_foreign_model_folder_ends_with_2_before_ray_or_frames(tmp_path, capsys, monkeypatch) -> None:
+    from raysyn.cluster.job import run_job
+
+    def start(*args: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("raysyn.cluster.synthesize.ray_session", start)
+    stage, storage = "raysyn.cluster.synthesize:synthesize", tmp_path / "runs"
+    base = ["scale=tiny", f"storage={storage}", "tracking.enabled=false"]
+    foreign = tmp_path / "foreign"
+    for content, says in (
+        (None, "no model.json there"),
+        ("{}", "not a model of this version"),
+        ("{", "cannot be read"),
+    ):
+        if content is not None:
+            foreign.mkdir(exist_ok=True)
+            (foreign / "model.json").write_text(content)
+        assert run_job("synthesize", stage, [*base, f"model_dir={foreign}"]) == 2
+        assert says in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not storage.exists()

@@ -126,6 +126,10 @@ def test_the_plan_tells_images_evaluations_disk_and_money(frames, tmp_path, monk
     from raysyn.cluster.synthesis_plan import estimate, probe
 
     monkeypatch.syspath_prepend(frames)
+    spec = make_spec(frames, str(tmp_path), 1_000_000)
+    started = time.process_time()
+    probe(spec)
+    assert time.process_time() - started < 5, "it asks for the requests that it draws, not for all"
     spec = make_spec(frames, str(tmp_path), 1000)
     found = probe(spec)
     assert not Path(spec.output).exists(), "a plan writes nothing"

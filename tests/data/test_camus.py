@@ -127,6 +127,13 @@ def check_picture(frame) -> None:
     assert frame.image[12, 15] < 60
 
 
+def test_a_spacing_that_the_header_leaves_open_is_unknown(nifti: Path) -> None:
+    with_header(nifti, f"{BAD}.nii.gz", 80, bytes(4))
+    spacing = {f.frame_id: f.spacing_mm for f in read_all(nifti)[1]}
+    assert spacing.pop(BAD) is None
+    assert None not in spacing.values()
+
+
 def test_old_release(tmp_path: Path) -> None:
     for number in range(1, 53):
         folder = tmp_path / "training" / f"patient{number:04d}"
@@ -271,6 +278,19 @@ SPOILED = {
     "black": (lambda r: rewrite(r, f"{BAD}.nii.gz", picture() * 0), "all black: no scan sector"),
     "grey levels": (lambda r: rewrite(r, f"{BAD}.nii.gz", picture() * 4.0), "grey levels outside 0 to 255"),
     "grey levels of 1": (lambda r: rewrite(r, f"{BAD}.nii.gz", picture() / 255), "scaled to 0 to 1"),
+    "colours": (
+        lambda r: rewrite(r, f"{BAD}.nii.gz", picture().astype([("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        "holds colours, not one picture",
+    ),
+    "coloured labels": (
+        lambda r: rewrite(r, f"{BAD}_gt.nii.gz", annotation().astype([("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        "holds colours, not one label map",
+    ),
+    "complex": (lambda r: rewrite(r, f"{BAD}.nii.gz", picture() * 1j), "holds complex128 numbers, not one picture"),
+    "one axis": (
+        lambda r: with_header(r, f"{BAD}.nii.gz", 40, (1).to_bytes(2, "little")),
+        r"an array of shape \[40\], not one picture",
+    ),
     "a clip": (lambda r: rewrite(r, f"{BAD}.nii.gz", np.stack([picture()] * 3)), "not one picture"),
 }
 

@@ -21,6 +21,7 @@ from raysyn.data.frames import (
     table_to_frames,
     write_frames,
 )
+from raysyn.data.masks import MaskFrames
 from raysyn.data.schema import COLUMNS, SCHEMA, VERSION_KEY
 from raysyn.data.storage import Storage
 from raysyn.types import PHASES, VIEWS, Frame, Provenance, UserError
@@ -203,6 +204,26 @@ def test_broken_files(tmp_path, content, says) -> None:
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.parquet: {says}"):
         read_arrays(tmp_path)
+
+
+def test_a_shard_damaged_where_its_footer_does_not_show_it(tmp_path) -> None:
+    """Every page in turn: the reader that comes upon it names the file, and no other error escapes."""
+    path = tmp_path / "a.parquet"
+    whole = table_to_bytes(frames_to_table([frame(i) for i in range(4)]))
+    path.write_bytes(whole)
+    refused: dict[str, str] = {}
+    for column in range((group := pq.ParquetFile(path).metadata.row_group(0)).num_columns):
+        page = group.column(column)
+        start = page.dictionary_page_offset or page.data_page_offset
+        end = start + page.total_compressed_size
+        path.write_bytes(whole[:start] + b"\xff" * (end - start) + whole[end:])
+        for read in (read_arrays, lambda uri: list(read_frames(uri)), lambda uri: MaskFrames.read(str(uri), "train")):
+            try:
+                read(path)
+            except UserError as error:
+                refused[page.path_in_schema] = str(error)
+    assert {"frame_id", "image.bytes", "label_map.bytes"} <= refused.keys()
+    assert all("a.parquet: not a whole Parquet file" in said and "\n" not in said for said in refused.values())
 
 
 def test_missing_sets(tmp_path) -> None:

@@ -1,3 +1,5 @@
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,16 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:90])
 
 
+def write_png(file: Path, depth: int, colour: int, values: np.ndarray) -> None:
+    """A PNG of `depth` bits a sample, in kinds that Pillow reads but does not write."""
+    bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(*values.shape[:2], -1, 2), axis=-1)[..., -depth:]
+    rows = [b"\0" + np.packbits(row.ravel()).tobytes() for row in bits]
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, colour, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b""))
+    packed = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+
+
 SPOILED = {
     "missing ground truth": (lambda r: label_file(r).unlink(), "the ground truth is missing"),
     "sizes": (lambda r: save(label_file(r), annotation()[:-4]), r"sizes differ: the ground truth is \[60, 64\]"),
@@ -221,6 +233,15 @@ SPOILED = {
         lambda r: save(image_file(r), np.dstack([picture(), picture() // 2, picture()])),
         "not an 8-bit grey PNG",
     ),
+    "labels of 16 bits": (
+        lambda r: write_png(label_file(r), 16, 2, np.repeat(annotation()[..., None], 3, axis=2)),
+        r"not an 8-bit grey PNG \(16 bits a sample\)",
+    ),
+    "labels of 2 bits": (
+        lambda r: write_png(label_file(r), 2, 0, annotation()),
+        r"not an 8-bit grey PNG \(2 bits a sample\)",
+    ),
+    "picture of 16 bits": (lambda r: write_png(image_file(r), 16, 0, picture()), "not an 8-bit grey PNG"),
     "black": (lambda r: save(image_file(r), picture() * 0), "all black"),
     "name": (lambda r: image_file(r).rename(image_file(r).with_name(f"{NAME[:-1]}.png")), "the name is not"),
 }

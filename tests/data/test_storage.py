@@ -71,7 +71,16 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch) -> None:
     assert Storage.at("runs/demo").uri == str(tmp_path / "runs/demo")
 
 
-@pytest.mark.parametrize(("uri", "says"), [("", "is empty"), ("gs://b/x", "gs:// is not"), ("s3://", "no bucket")])
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("", "is empty"),
+        ("gs://b/x", "gs:// is not"),
+        ("s3://", "no bucket"),
+        ("/a\0b", "zero byte"),
+        (os.fsdecode(b"/a/\xff"), "is not UTF-8"),
+    ],
+)
 def test_bad_uris(uri: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         Storage.at(uri)
@@ -139,6 +148,23 @@ def test_a_file_where_a_folder_should_be(tmp_path) -> None:
         Storage.at(tmp_path / "runs").write_atomic("a/b.bin", b"1")
 
 
+def test_where_nothing_can_be_written_is_known_without_writing(tmp_path) -> None:
+    Storage.at(tmp_path / "not" / "there yet").check_writable()
+    (tmp_path / "file").write_text("oops")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, says in (("file", "a file stands"), ("file/a/b", "a file stands"), ("link/a", "a file stands")):
+        with pytest.raises(UserError, match=f"{place}: {says}"):
+            Storage.at(tmp_path / place).check_writable()
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_a_name_that_no_folder_can_have(tmp_path) -> None:
+    storage = Storage.at(tmp_path / ("a" * 300))
+    for touch in (lambda: storage.exists("b"), lambda: storage.write_atomic("b", b"1")):
+        with pytest.raises(UserError, match="a name in it is too long"):
+            touch()
+
+
 def as_nobody(function, *args):
     """Run `function` in a child without root's rights; returns what it returned."""
     context = multiprocessing.get_context("fork")
@@ -172,6 +198,7 @@ def test_no_permission_for_real(open_tmp_path) -> None:
     (tmp_path / "a.bin").chmod(0o600)
     assert "a.bin: no permission" in as_nobody(outcome_of, "read_bytes", storage, "a.bin")
     assert "b.bin: no permission" in as_nobody(outcome_of, "write_atomic", storage, "b.bin", b"x")
+    assert "c/d: no permission" in as_nobody(outcome_of, "check_writable", storage.join("c", "d"))
     assert sorted(os.listdir(tmp_path)) == ["a.bin"]
 
 
@@ -189,6 +216,8 @@ def test_json_holds_what_json_can(tmp_path) -> None:
     storage = Storage.at(tmp_path)
     storage.write_json("m.json", {"a": [float("inf"), 1.5], "b": {"c": float("nan")}, "d": (np.float64("-inf"), "x")})
     assert storage.read_json("m.json") == {"a": [None, 1.5], "b": {"c": None}, "d": [None, "x"]}
+    storage.write_json("m.json", {"skipped": (name := os.fsdecode(b"\xff a.png"))})
+    assert storage.read_json("m.json") == {"skipped": name}, "a file's name need not be UTF-8"
 
 
 def test_json_that_was_cut_off(tmp_path) -> None:
