@@ -142,6 +142,8 @@ def test_the_report_is_whole_and_refers_to_nothing_outside(tmp_path: Path) -> No
     assert "loss &lt;is&gt; not finite" in text
     assert "ab12" in text
     assert "cores" in text
+    assert "Compare a curve with itself" in text
+    assert "intervals over the test patients (what another training would give is not in them)" in text
     first = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", text)[1])
     assert first == (tmp_path / "report" / "figures" / "cost_dice.png").read_bytes()
 
@@ -206,6 +208,7 @@ def test_each_extractor_has_its_realism_figure() -> None:
     assert frechet_keys(rows) == ["fd_lite0", "realism/fd_inception", "realism/fd_resnet18.a1"]
     made = {figure.name: figure for figure in study_figures(rows, {})}
     assert {"realism_dice", "realism_dice_inception", "realism_dice_resnet18.a1"} <= set(made)
+    assert "One of 3 measures tested" in made["realism_dice"].caption
     (axes,) = made["realism_dice_inception"].figure.axes
     assert axes.get_xlabel() == "Fréchet distance fd_inception to held-out frames (lower is more realistic)"
 

@@ -13,7 +13,9 @@ def test_perfect_order_and_its_reverse() -> None:
     same, opposite = rank_correlation(x, np.exp(x)), rank_correlation(x, [-v for v in x])
     assert (same.spearman, same.kendall) == (pytest.approx(1), pytest.approx(1))
     assert (opposite.spearman, opposite.kendall) == (pytest.approx(-1), pytest.approx(-1))
-    assert opposite.spearman_interval == pytest.approx((-1, -1))
+    assert (opposite.spearman_interval, opposite.kendall_interval) == (None, None)
+    assert "a perfect order no interval" in opposite.text()
+    assert "[" not in opposite.text()
 
 
 def test_spearman_by_its_formula_without_ties() -> None:
@@ -66,6 +68,8 @@ def test_the_claim_is_worded_by_the_interval() -> None:
     assert "gave worse Dice" in claim_text(rank_correlation(x, x))
     noise = np.random.default_rng(0).permutation(12)
     assert "holds zero" in claim_text(rank_correlation(x, noise))
+    assert "cannot be tested on 4 rows" in claim_text(rank_correlation(x[:4], x[:4]))
+    assert "One of 3 measures tested" in claim_text(rank_correlation(x, noise), 3)
 
 
 @settings(max_examples=60)
