@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from raysyn.cluster.board import reporter
 from raysyn.cluster.metrics_export import count_if_replaced, count_shard
+from raysyn.cluster.session import gpu_share
 from raysyn.config import SynthesizeConfig
 from raysyn.data.frames import frames_to_table, table_to_bytes
 from raysyn.data.masks import MaskFrames, warp_label_map
@@ -104,7 +105,7 @@ class ShardWriter:
         self.rejected, self.rejected_decoding, decoded = Cost(), Cost(), self._decoding()
         batches = list(self.spec.plan.batches(shard, getattr(self.sampler, "batch_size", 0)))
         # Warping of the next batch's maps and PNG encoding of the last one's images run beside the sampling.
-        with measured(on_gpu()) as cost, ThreadPoolExecutor(2) as pool:
+        with measured(gpu_share()) as cost, ThreadPoolExecutor(2) as pool:
             ready = pool.submit(self.conditions, shard.split, batches[0])
             for i, batch in enumerate(batches):
                 maps, view = ready.result()
@@ -166,7 +167,7 @@ class ShardWriter:
                     break
                 again = [batch[i].retry(attempt) for i in todo]
                 decoded = self._decoding()
-                with measured(on_gpu()) as cost:
+                with measured(gpu_share()) as cost:
                     fresh = self.sampler(maps[todo], view[todo], again)
                     fresh_scores = self.faithfulness(fresh, maps[todo])
                 self.rejected += cost  # an image is drawn anew for each that is thrown away

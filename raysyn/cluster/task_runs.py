@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from raysyn.cluster.board import reporter
+from raysyn.cluster.session import gpu_share
 from raysyn.cluster.stage import StageDir, below_storage, open_stage, read_manifest
 from raysyn.config import JobConfig, TaskConfig, fingerprint
 from raysyn.data.frames import frame_files, read_arrays, read_light
@@ -167,7 +168,7 @@ def run_task(
     done = stage.outcome()
     if done is not None:
         return done
-    from raysyn.metrics.cost import measured, on_gpu
+    from raysyn.metrics.cost import measured
     from raysyn.tasks.classification import evaluate_classification, train_classification
     from raysyn.tasks.segmentation import evaluate_segmentation, train_segmentation
 
@@ -187,7 +188,7 @@ def run_task(
         if task.kind == "segmentation"
         else (train_classification, evaluate_classification)
     )
-    with measured(on_gpu()) as cost:
+    with measured(gpu_share()) as cost:
         fitted = train(sets["train"], sets["validation"], task, real=sets.get("real"), report=progress)
         scores = evaluate(fitted, sets["test"])
     with tempfile.TemporaryDirectory() as scratch:
