@@ -43,7 +43,8 @@ class SynthesisSpec:
     """All that a worker needs. `sampler` is a factory "module:function" called with this spec, on the worker.
 
     `settings` (checkpoint, sampler, amp, warp) enters every frame_id and each shard's metadata; `model` and
-    `num_function_evals` fill the provenance columns. `fitted_on` are the patients that the model names.
+    `num_function_evals` fill the provenance columns. `fitted_on` are the patients that the model names,
+    `segmenter_fitted_on` those of the segmenter that judges.
     """
 
     plan: RequestPlan
@@ -61,6 +62,7 @@ class SynthesisSpec:
     key: str
     sampler: str = "raysyn.cluster.model_sampler:ModelSampler"
     fitted_on: tuple[str, ...] = ()
+    segmenter_fitted_on: tuple[str, ...] = ()
 
 
 def _load(path: str) -> Any:

@@ -49,7 +49,9 @@ def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
 
 
 def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
-    """Raises UserError when the models behind synthetic sets (diffusion model, its autoencoder) were fitted on test patients.
+    """Raises UserError when what is behind synthetic sets was fitted on test patients: a model, its autoencoder, a judge.
+
+    The judge is the segmenter that chose a set's images (synthesize.segmenter_dir), as far as it names its patients.
 
     The way back is by manifests: the set's names its model's folder (and whom that was fitted on, which holds wherever
     the set is taken), that stage's names the frames it was fitted on and its autoencoder; a model folder names its
@@ -67,6 +69,7 @@ def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
         manifest = read_manifest(storage)
         known = not what and manifest.get("fitted_on")
         _refuse_fitted("model", storage.uri, tested & set(known or ()))
+        _refuse_fitted("set's segmenter", storage.uri, tested & set(manifest.get("segmenter_fitted_on") or ()))
         for key, kind in (("model_dir", "model"), ("autoencoder", "autoencoder")):
             if not manifest.get(key) or (what and key == "model_dir"):
                 continue
@@ -192,7 +195,7 @@ def run_task(
         fitted = train(sets["train"], sets["validation"], task, real=sets.get("real"), report=progress)
         scores = evaluate(fitted, sets["test"])
     with tempfile.TemporaryDirectory() as scratch:
-        fitted.save(scratch)
+        fitted.save(scratch, [p for split, frames in sets.items() if split != "test" for p in frames.patient_id])
         stage.storage.upload_tree(scratch, "model")
     return stage.finish(
         {

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,15 @@ class FittedTask:
             part = torch.from_numpy(image_u8[start : start + batch_size])[:, None].to(device)
             yield self.net(normalise(part.float() / 255, self.task.normalise)).float().cpu()
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and set-up (JSON) into a local folder."""
+    def save(self, folder: str | Path, patients: Iterable[str] = ()) -> None:
+        """Write weights (safetensors) and set-up (JSON) into a local folder, with the `patients` that it was fitted on."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "task.safetensors")
         facts = {"task": to_dict(self.task), "image_size": self.image_size, "best_score": self.best_score}
+        facts["patients"] = sorted(set(patients))
         (folder / "task.json").write_text(json.dumps(json_values(facts, str), indent=2))
 
 

@@ -72,6 +72,8 @@ def test_a_task_run_keeps_its_network_and_is_skipped_when_done(sets, tmp_path) -
     assert first.manifest["cpu_seconds"] > 0
     assert first.manifest["cost"]["cost/segmentation_peak_memory_mb"] > 1
     assert load_task(first.manifest["model_dir"]).task.width == 4
+    named = Storage.at(first.manifest["model_dir"]).read_json("task.json")["patients"]
+    assert named == sorted(patients_of(made, ("train", "validation")))
     assert run_task(job, TASK, [made], real).skipped
     assert not run_task(job, dataclasses.replace(TASK, seed=1), [made], real).skipped
 
@@ -155,6 +157,17 @@ def test_a_model_fitted_on_test_patients_is_refused_whatever_it_drew(sets, tmp_p
         for part in (drawn, f"{drawn}/train", f"{drawn}/train/shard-00000.parquet"):
             with pytest.raises(UserError, match=rf"this {kind} was fitted on test patients"):
                 refuse_lineage([part], test)
+
+
+def test_a_set_chosen_by_a_segmenter_that_knew_test_patients_is_refused(sets, tmp_path) -> None:
+    real, _ = sets
+    test = read_arrays(real, "test")
+    manifest = {"fingerprint": "judged", "fitted_on": ["stranger"], "segmenter_fitted_on": ["stranger"]}
+    judged = write_set(tmp_path / "judged", {"train": range(2)}, manifest=manifest, change=synthetic)
+    refuse_lineage([judged], test)
+    Storage.at(judged).write_json("manifest.json", {**manifest, "segmenter_fitted_on": [test.patient_id[0]]})
+    with pytest.raises(UserError, match=rf"^{judged}: this set's segmenter was fitted on test patients"):
+        refuse_lineage([judged], test)
 
 
 def test_a_model_that_was_copied_elsewhere_still_names_its_patients(sets, tmp_path) -> None:
