@@ -163,20 +163,20 @@ def fit_task(
     fitted = FittedTask(net, task, image_size, -math.inf)
     best = copy.deepcopy(net.state_dict())
     every = _validation_interval(task, total, len(phases[0][0]))
-    step, running, until = 0, 0.0, 0.0
+    step, until = 0, 0.0
+    losses: list[float] = []  # since the last validation
     for frames, share in phases:
         until += share
         while step < round(until * total):
             positions = np.arange(step * task.batch_size, (step + 1) * task.batch_size)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(task, step, total)
-            loss = _step(net, optimizer, task, frames, positions, loss_of, device, layout)
-            running += loss
+            losses.append(_step(net, optimizer, task, frames, positions, loss_of, device, layout))
             step += 1
             if step % every == 0 or step == total:
                 score = score_of(fitted)
-                fitted.history.append({"step": step, "loss": running / every, "score": score})
-                running = 0.0
+                fitted.history.append({"step": step, "loss": sum(losses) / len(losses), "score": score})
+                losses = []
                 if score >= fitted.best_score:
                     fitted.best_score, best = score, copy.deepcopy(net.state_dict())
                 if report is not None:

@@ -128,6 +128,13 @@ def test_one_after_the_other_takes_just_the_steps_asked_for(frames, steps: int) 
     assert np.isfinite(fitted.best_score)
 
 
+def test_the_loss_told_is_the_mean_since_the_last_validation(frames) -> None:
+    task = TaskConfig(arch="unet:small", batch_size=4, num_steps=11, width=2, lr=1e-12, augment_strength=0.0)
+    losses = [h["loss"] for h in train_segmentation(frames[0], frames[1], task).history]
+    assert len(losses) == 6  # after 2, 4, 6, 8, 10 and 11 steps
+    assert losses[-1] == pytest.approx(losses[-2], rel=0.2)
+
+
 def test_augmentation_moves_image_and_map_together(frames) -> None:
     task = TaskConfig(augment_strength=1.0, batch_size=8)
     image, label, index = task_batch(frames[0], np.arange(8), task)
