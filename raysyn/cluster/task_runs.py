@@ -18,7 +18,7 @@ from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
 from raysyn.types import SPLITS, FrameArrays, Outcome, UserError
 
-TASK_VERSION = "task 5"  # goes up when a manifest gains a number, so that older ones are made again
+TASK_VERSION = "task 6"  # goes up when a manifest gains a number, so that older ones are made again
 REALISM_VERSION = "realism 5"
 
 
@@ -108,28 +108,34 @@ def _refuse_fitted(what: str, uri: str, patients: set[str]) -> None:
 
 
 def load_sets(
-    train_sets: list[str], real: str, task: TaskConfig, *, min_faithfulness: float = 0.0
+    train_sets: list[str],
+    real: str,
+    task: TaskConfig,
+    *,
+    min_faithfulness: float = 0.0,
+    validation_sets: Sequence[str] = (),
 ) -> dict[str, FrameArrays]:
     """{train, validation, test} and, where the task mixes them in, {real}: patients checked against the test's.
 
-    Synthetic frames of a known faithfulness below `min_faithfulness` are left out. Raises UserError for an empty set, a
-    leak, or images of several sizes.
+    Training frames of a known faithfulness below `min_faithfulness` are left out; validation keeps all of its own, so that
+    scores at several thresholds compare. It is on `real`, or on `validation_sets` (those of `train_sets` by default), as
+    the task says. Raises UserError for an empty set, a leak, or images of several sizes.
     """
     test = read_arrays(real, "test")
     if len(test) == 0:
         raise UserError(f"{real}: no test frames; a task is tested on real frames of patients that no model saw")
 
-    def read(uris: list[str], split: str, threshold: float = min_faithfulness) -> FrameArrays:
+    def read(uris: Sequence[str], split: str, threshold: float = 0.0) -> FrameArrays:
         parts = [_faithful(uri, split, threshold) for uri in uris]
         for uri, part in zip(uris, parts):
             refuse_leak(uri, part, test)
         return FrameArrays.concatenate(parts)
 
-    validated = [real] if task.validate_on == "real" else train_sets
-    sets = {"train": read(train_sets, "train"), "validation": read(validated, "validation")}
+    validated = [real] if task.validate_on == "real" else validation_sets or train_sets
+    sets = {"train": read(train_sets, "train", min_faithfulness), "validation": read(validated, "validation")}
     if task.real_fraction > 0:
-        sets["real"] = read([real], "train", 0.0)
-    refuse_lineage(train_sets, test)
+        sets["real"] = read([real], "train")
+    refuse_lineage([*train_sets, *validation_sets], test)
     sizes = sorted({some.image_u8.shape[1:] for some in (*sets.values(), test)})
     if len(sizes) > 1:
         raise UserError(f"{train_sets[0]}: frames of sizes {sizes} beside those of {real}; prepare them at one size")

@@ -119,9 +119,25 @@ def test_frames_below_the_faithfulness_asked_for_are_left_out(sets) -> None:
     found = load_sets([made], real, TASK, min_faithfulness=0.5)
     assert len(found["train"]) == 8
     assert set(found["train"].phase) == {0}
+    assert len(found["validation"]) == 8, "all of them, so that scores at several thresholds compare"
     assert len(load_sets([real], real, TASK, min_faithfulness=0.5)["train"]) == 16  # real ones have none
     with pytest.raises(UserError, match=r"faithfulness of 0\.95 or more"):
         load_sets([made], real, TASK, min_faithfulness=0.95)
+
+
+def test_every_trial_of_a_search_is_validated_on_the_same_frames(sets) -> None:
+    from raysyn.cluster.tune_search import trial_sets
+
+    real, made = sets
+    job = {"sets": [made, real], "real": real}
+    trials = [{}, {"train_set": 1}, {"train_set": 0, "min_faithfulness": 0.5}]
+    found = [trial_sets(job, TASK, params) for params in trials]
+    assert [len(f["train"]) for f in found] == [16, 16, 8]
+    assert found[1]["train"].frame_id == read_arrays(real, "train").frame_id
+    both = [*read_arrays(made, "validation").frame_id, *read_arrays(real, "validation").frame_id]
+    assert all(f["validation"].frame_id == both for f in found)
+    on_real = trial_sets(job, dataclasses.replace(TASK, validate_on="real"), {})
+    assert on_real["validation"].frame_id == read_arrays(real, "validation").frame_id
 
 
 def test_the_one_of_several_sets_that_holds_test_patients_is_named(sets, tmp_path) -> None:
