@@ -186,7 +186,7 @@ def cost_figure(rows: Sequence[Row], cost: str, label: str, name: str, score: st
     _scatter(axes, used, rows, cost, score)
     _legend(axes, rows, steps=len(used) <= 16, extra=[line, *extra])
     data = [{**p, "on_front": i in front} for i, p in enumerate(_points(used, cost, score))]
-    correlation = rank_correlation(costs, scores).text()
+    correlation = rank_correlation(costs, scores, [str(r["model"]) for r in used]).text()
     _below(axes, correlation)
     best = ", ".join(row_name(used[i]) for i in front)
     caption = f"{correlation}. On the front by the values alone, whatever their intervals, cheapest first: {best}."
@@ -222,7 +222,7 @@ def realism_figure(
     if len(used) < 2:
         return None
     values = [[float(number(r, k) or 0) for r in used] for k in (realism, score)]
-    correlation = rank_correlation(*values)
+    correlation = rank_correlation(values[0], values[1], [str(r["model"]) for r in used])
     figure, axes = _figure("Realism against Dice")
     named = realism.removeprefix("realism/")
     axes.set_xlabel(f"Fréchet distance {named} to held-out frames (lower is more realistic)")

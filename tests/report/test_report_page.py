@@ -184,15 +184,15 @@ def test_a_cost_figure_gives_its_rank_correlation_too() -> None:
 
 
 def test_the_realism_figure_gives_the_correlation_and_its_rows() -> None:
-    made = realism_figure(study(models=("a", "b", "c"), steps=(5, 10, 20)))
+    made = realism_figure(study(models=("a", "b", "c", "d", "e"), steps=(5, 10, 20)))
     assert made is not None
-    assert "(9 rows)" in made.caption
+    assert "(15 rows of 5 models)" in made.caption
     assert "Spearman ρ" in made.caption
-    assert "The paper's claim on 9 rows" in made.caption
+    assert "The paper's claim on 15 rows of 5 models" in made.caption
     assert all(p["fd_lite0_low"] == 80.0 for p in made.data)
     few = realism_figure(study(steps=(5,)))
     assert few is not None
-    assert "cannot be tested on 2 rows" in few.caption
+    assert "cannot be tested on 2 rows of 2 models" in few.caption
 
 
 def test_each_extractor_has_its_realism_figure() -> None:
@@ -203,7 +203,7 @@ def test_each_extractor_has_its_realism_figure() -> None:
             "realism/fd_inception_baseline": 20.0,
             "realism/fd_resnet18.a1": 3.0 * i,
         }
-        for i, row in enumerate(study(steps=(5, 8, 10)))
+        for i, row in enumerate(study(models=("a", "b", "c", "d", "e"), steps=(5, 8)))
     ]
     assert frechet_keys(rows) == ["fd_lite0", "realism/fd_inception", "realism/fd_resnet18.a1"]
     made = {figure.name: figure for figure in study_figures(rows, {})}
