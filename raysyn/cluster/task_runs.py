@@ -16,7 +16,7 @@ from raysyn.cluster.stage import StageDir, below_storage, open_stage, read_manif
 from raysyn.config import JobConfig, TaskConfig, fingerprint
 from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
-from raysyn.types import SPLITS, FrameArrays, Outcome, UserError
+from raysyn.types import SPLITS, VIEWS, FrameArrays, Outcome, UserError
 
 TASK_VERSION = "task 6"  # goes up when a manifest gains a number, so that older ones are made again
 REALISM_VERSION = "realism 5"
@@ -51,12 +51,11 @@ def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
 def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
     """Raises UserError when what is behind synthetic sets was fitted on test patients: a model, its autoencoder, a judge.
 
-    The judge is the segmenter that chose a set's images (synthesize.segmenter_dir), as far as it names its patients.
-
-    The way back is by manifests: the set's names its model's folder (and whom that was fitted on, which holds wherever
-    the set is taken), that stage's names the frames it was fitted on and its autoencoder; a model folder names its
-    patients itself. Where a set is not of our making the way ends, and its own patients are all there is. A model that
-    is neither found nor known by its set's manifest is refused as well.
+    The judge is the segmenter that chose a set's images (synthesize.segmenter_dir), as far as it names its patients. The
+    way back is by manifests: the set's names its model's folder and whom that was fitted on, which holds wherever the set
+    is taken; that stage's names its frames and its autoencoder; a model folder names its patients itself. Where a set is
+    not of our making the way ends, and its own patients are all there is. A model that is neither found nor known by its
+    set's manifest is refused as well.
     """
     tested = set(test.patient_id)
     todo = [("", _with_manifest(Storage.at(uri))) for uri in train_sets]
@@ -124,6 +123,8 @@ def load_sets(
     test = read_arrays(real, "test")
     if len(test) == 0:
         raise UserError(f"{real}: no test frames; a task is tested on real frames of patients that no model saw")
+    if task.kind == "classification" and len(set(test.view)) < len(VIEWS):
+        raise UserError(f"{real}: test frames are all of one view; view classification needs at least 1 frame of each")
 
     def read(uris: Sequence[str], split: str, threshold: float = 0.0) -> FrameArrays:
         parts = [_faithful(uri, split, threshold) for uri in uris]

@@ -225,6 +225,16 @@ def test_a_model_behind_a_set_is_found_after_a_move_and_refused_when_it_is_nowhe
         refuse_lineage([str(alone)], test)
 
 
+def test_test_frames_of_one_view_are_refused_before_a_classifier_is_trained(sets, tmp_path) -> None:
+    _, made = sets
+    one = Storage.at(tmp_path / "one")
+    frames = [f for f in phantom_patient(0, 6, 64, "test") if f.view == "2CH"]
+    write_frames(one, "test/shard-00000.parquet", frames)
+    with pytest.raises(UserError, match=rf"^{one.uri}: test frames are all of one view"):
+        load_sets([made], one.uri, TaskConfig(kind="classification", arch="cnn:small"))
+    assert len(load_sets([made], one.uri, TASK)["test"]) == len(frames)
+
+
 def test_sets_of_two_sizes_are_refused(sets, tmp_path) -> None:
     real, _ = sets
     small = write_set(tmp_path / "small", {"train": range(2), "validation": range(4, 5)}, size=32)
