@@ -55,6 +55,14 @@ def patient_interval_of(
     return float(low), float(high)
 
 
+def lowest_share(num_patients: int, level: float = 0.95) -> float:
+    """Lower end of the exact interval (Clopper-Pearson) for a share of patients that all of `num_patients` are in.
+
+    Resampling what does not vary would give an interval of no width.
+    """
+    return float(((1 - level) / 2) ** (1 / num_patients))
+
+
 def subset_protocol(
     values: np.ndarray, *, num_draws: int = 1000, share: float = 0.8, seed: int = 0
 ) -> tuple[float, float]:

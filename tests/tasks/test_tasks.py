@@ -1,10 +1,12 @@
 """Tasks on phantom frames small enough to learn in seconds; mixing; saving; bad input."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from raysyn.config import TaskConfig
 from raysyn.data.phantom import phantom_patient
@@ -95,6 +97,17 @@ def test_classification_beats_chance_and_needs_both_views(frames) -> None:
     only = frames[0].take(np.flatnonzero(frames[0].view == 0))
     with pytest.raises(UserError, match="all are 2CH"):
         train_classification(only, frames[1], CLASSIFICATION)
+
+
+def test_an_accuracy_of_one_has_the_doubt_of_few_patients(frames) -> None:
+    test = frames[2]
+    sure = np.where(test.view[:, None] == np.arange(2), 5.0, -5.0)
+    fitted = SimpleNamespace(logits=lambda images: [torch.from_numpy(sure)])
+    scores = evaluate_classification(fitted, test)
+    assert (scores["view_accuracy"], scores["view_accuracy_high"]) == (1, 1)
+    assert scores["view_accuracy_low"] == pytest.approx(binomtest(6, 6).proportion_ci(method="exact").low)
+    sure[0] *= -1
+    assert 0.8 < evaluate_classification(fitted, test)["view_accuracy_low"] < 1
 
 
 def test_empty_sets_are_refused(frames) -> None:
