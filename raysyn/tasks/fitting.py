@@ -153,6 +153,7 @@ def fit_task(
     """Train `net` on each phase's frames for its share of the steps; keep the weights of the best validation score.
 
     `report` gets {step, steps, loss, score} after each validation; what it raises ends the training (a pruned trial).
+    Raises UserError where no validation could be scored.
     """
     started = time.process_time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,6 +182,8 @@ def fit_task(
                     fitted.best_score, best = score, copy.deepcopy(net.state_dict())
                 if report is not None:
                     report({"step": step, "steps": total, **fitted.history[-1]})
+    if fitted.best_score == -math.inf:  # every score was NaN: `best` is where training began
+        raise UserError("validation frames: show nothing that can be scored; validate on frames that do")
     net.load_state_dict(best)
     fitted.cpu_seconds = time.process_time() - started
     return fitted

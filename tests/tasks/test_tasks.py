@@ -148,6 +148,13 @@ def test_the_loss_told_is_the_mean_since_the_last_validation(frames) -> None:
     assert losses[-1] == pytest.approx(losses[-2], rel=0.2)
 
 
+def test_training_that_cannot_be_validated_is_refused(frames, monkeypatch) -> None:
+    monkeypatch.setattr("raysyn.tasks.segmentation.mean_dice", lambda _: float("nan"))
+    task = TaskConfig(arch="unet:small", batch_size=4, num_steps=2, width=2)
+    with pytest.raises(UserError, match="validation frames: show nothing that can be scored"):
+        train_segmentation(frames[0], frames[1], task)
+
+
 def test_augmentation_moves_image_and_map_together(frames) -> None:
     task = TaskConfig(augment_strength=1.0, batch_size=8)
     image, label, index = task_batch(frames[0], np.arange(8), task)
