@@ -46,7 +46,7 @@ class Progress:
     validations: list[tuple[int, float]] = field(default_factory=list)
     rollbacks: list[tuple[int, float]] = field(default_factory=list)
 
-    def spend(self, wall_seconds: float, cpu_seconds: float, num_ranks: int, num_gpus: int) -> None:
+    def spend(self, wall_seconds: float, cpu_seconds: float, num_ranks: int, num_gpus: float) -> None:
         """Add what one rank measured, for all ranks."""
         self.wall_seconds += wall_seconds
         self.cpu_seconds += cpu_seconds * num_ranks

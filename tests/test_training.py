@@ -15,8 +15,8 @@ from raysyn.data.storage import Storage
 from raysyn.diffusion.ema import EMA
 from raysyn.training import Diverged, Parallel, SampleLosses, StepReport, build_optimizer, learning_rate, train
 from raysyn.training_batches import NOISE, Batch, frames_at, normal_noise, uniform
-from raysyn.training_run import Hooks, averaged, run, validation_loss
-from raysyn.training_state import CheckpointStore, TrainState, folder_of
+from raysyn.training_run import Hooks, _Energy, averaged, run, validation_loss
+from raysyn.training_state import CheckpointStore, Progress, TrainState, folder_of
 from raysyn.types import UserError
 
 CONFIG = FitConfig(
@@ -408,6 +408,15 @@ def test_energy_is_that_of_all_starts_and_of_all_ranks(tmp_path: Path, monkeypat
     assert last == said[-1]
     assert said == sorted(said)
     assert said[0] > first
+
+
+def test_a_shared_gpu_counts_by_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Parallel(world_size=2, device=torch.device("cuda"), gpu_share=0.25).num_gpus == 0.5
+    readings = iter([0.0, 8.0])
+    monkeypatch.setattr("raysyn.training_run.gpu_energy_joules", lambda index: next(readings))
+    progress = Progress()
+    _Energy(OneGPU(gpu_share=0.25)).add_to(progress)
+    assert progress.energy_joules == 2
 
 
 @pytest.mark.parametrize("reading", [None, 5.0])

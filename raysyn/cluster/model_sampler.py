@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from raysyn.cluster.sampler_actor import SynthesisSpec
+from raysyn.cluster.session import gpu_share
 from raysyn.config import SamplerConfig
 from raysyn.data.storage import Storage
 from raysyn.metrics.cost import Cost, measured, on_gpu
@@ -76,7 +77,7 @@ class ModelSampler:
 
         amp, budget = self.config.amp, self.cache_bytes
         x = sample_latents(self.model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
-        with measured(on_gpu()) as cost:
+        with measured(gpu_share()) as cost:
             images = decode_images(self.model, x, label_map)
         self.decoding += cost
         return images

@@ -184,6 +184,7 @@ def make_spec(config: SynthesizeJob, model: ModelFacts, frames: str, frames_fing
         threads=config.workers.threads_per_worker,
         key=f"synthesize {model.name} {sampler.solver} {sampler.num_steps}",
         fitted_on=model.fitted_on,
+        segmenter_fitted_on=segmenter_patients(synthesis),
     )
 
 
@@ -195,6 +196,13 @@ def _segmenter_sha256(config: SynthesizeConfig) -> str:
     from raysyn.tasks.fitting import task_sha256
 
     return task_sha256(local_copy(config.segmenter_dir))
+
+
+def segmenter_patients(config: SynthesizeConfig) -> tuple[str, ...]:
+    """Patients that the segmenter which judges was fitted on, as far as it names them."""
+    if not config.segmenter_dir:
+        return ()
+    return tuple(Storage.at(config.segmenter_dir).read_json("task.json").get("patients", []))
 
 
 def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> None:
@@ -283,6 +291,7 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "model": spec.model,
         "model_dir": spec.model_dir,
         "fitted_on": list(spec.fitted_on),
+        "segmenter_fitted_on": list(spec.segmenter_fitted_on),
         **spec.settings,
         "num_frames": images,
         "num_attempts": attempts,

@@ -54,10 +54,10 @@ def cost_figure(rows: Sequence[Row], cost: str, label: str, name: str, score: st
     scatter(axes, used, rows, cost, score)
     legend(axes, rows, steps=len(used) <= 16, extra=[line, *extra])
     data = [{**p, "on_front": i in front} for i, p in enumerate(_points(used, cost, score))]
-    correlation = rank_correlation(costs, scores).text()
+    correlation = rank_correlation(costs, scores, [str(r["model"]) for r in used]).text()
     _below(axes, correlation)
     best = ", ".join(row_name(used[i]) for i in front)
-    caption = f"{correlation}. On the front, cheapest first: {best}."
+    caption = f"{correlation}. On the front by the values alone, whatever their intervals, cheapest first: {best}."
     return FigureOf(name, axes.get_title(loc="left"), caption, figure, data)
 
 
@@ -79,13 +79,18 @@ def _plain_log_ticks(axes: Any, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def realism_figure(rows: Sequence[Row], realism: str = "fd_lite0", score: str = "mean_dice") -> FigureOf | None:
-    """Realism against mean Dice, both with intervals, and their rank correlation; None below two rows."""
+def realism_figure(
+    rows: Sequence[Row], realism: str = "fd_lite0", score: str = "mean_dice", num_measures: int = 1
+) -> FigureOf | None:
+    """Realism against mean Dice with its interval, and their rank correlation; None below two rows.
+
+    `num_measures`: how many measures of realism the report tests the claim with.
+    """
     used = _measured(rows, realism, score)
     if len(used) < 2:
         return None
     values = [[float(number(r, k) or 0) for r in used] for k in (realism, score)]
-    correlation = rank_correlation(*values)
+    correlation = rank_correlation(values[0], values[1], [str(r["model"]) for r in used])
     figure, axes = new_axes("Realism against Dice")
     named = realism.removeprefix("realism/")
     axes.set_xlabel(f"Fréchet distance {named} to held-out frames (lower is more realistic)")
@@ -94,7 +99,7 @@ def realism_figure(rows: Sequence[Row], realism: str = "fd_lite0", score: str = 
     scatter(axes, used, rows, realism, score)
     legend(axes, rows, steps=len(used) <= 16, extra=extra)
     _below(axes, correlation.text())
-    caption = f"{correlation.text()}. {claim_text(correlation)}"
+    caption = f"{correlation.text()}. {claim_text(correlation, num_measures)}"
     name = "realism_dice" if realism == "fd_lite0" else f"realism_dice_{named.removeprefix('fd_')}"
     return FigureOf(name, "Realism against Dice", caption, figure, _points(used, realism, score))
 

@@ -13,8 +13,8 @@ import pytest
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, read_record, settings_of
 from raysyn.cluster.stage import lost_shards, open_stage
 from raysyn.cluster.synthesis_plan import probe
-from raysyn.cluster.synthesize import claim, mask_ids
-from raysyn.config import SamplerConfig, SynthesizeConfig, TaskConfig
+from raysyn.cluster.synthesize import claim, finish, mask_ids, segmenter_patients
+from raysyn.config import SamplerConfig, SynthesizeConfig, SynthesizeJob, TaskConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
 from raysyn.data.phantom import phantom_patient
 from raysyn.data.requests import RequestPlan
@@ -107,6 +107,11 @@ def test_the_quality_gate_retries_under_new_seeds_and_counts_them(frames, tmp_pa
     assert record["below_min_faithfulness"] == sum(f.provenance.faithfulness < 0.5 for f in found)
     first = {r.noise_seed for b in spec.plan.batches(shard) for r in b}
     assert any(f.provenance.noise_seed not in first for f in found)
+    for other in spec.plan.shards():
+        writer.write(other)
+    judged = dataclasses.replace(spec, segmenter_fitted_on=("p1",))
+    manifest = finish(SynthesizeJob(), open_stage(str(tmp_path / "runs"), "synthesize", "drill"), judged).manifest
+    assert (manifest["fitted_on"], manifest["segmenter_fitted_on"]) == ([], ["p1"])
 
 
 def test_another_data_sets_folder_is_refused(frames, tmp_path) -> None:
@@ -224,6 +229,9 @@ def test_what_a_worker_cannot_load_is_refused_and_no_fault(frames, tmp_path, mon
     shard = next(spec.plan.shards())
     rows = {key: np.array([getattr(shard, key)]) for key in ("split", "number", "start", "stop")}
     assert "segmenter: not a task model" in writer(rows)["refused"][0]
+    Storage.at(tmp_path / "segmenter").write_json("task.json", {"patients": ["p1", "p2"]})
+    assert segmenter_patients(spec.config) == ("p1", "p2")
+    assert segmenter_patients(SynthesizeConfig()) == ()
     record = Storage.at(spec.output)
     record.write_atomic(shard.name, b"x")
     for altered in ({}, [], {"bytes": 1}):
