@@ -15,6 +15,7 @@ from raysyn.config import CompareJob, to_dict
 from raysyn.data.frames import read_arrays
 from raysyn.data.storage import Storage
 from raysyn.metrics.cost import Cost, cost_columns
+from raysyn.metrics.paired import paired_difference
 from raysyn.report.table import COLUMNS, print_table, table_csv
 from raysyn.types import FrameArrays, Outcome
 
@@ -31,7 +32,7 @@ def study_table(config: CompareJob, rows: list[Any], result: GraphResult) -> lis
         realism: Outcome | None = result.results.get(f"realism {row.key}")
         if any(s is None for s in scores) or realism is None:
             continue
-        measured: dict[str, Any] = {**(scores[0] or {}), **(scores[1] or {})}
+        measured: dict[str, Any] = {**(scores[0] or {}), **(scores[1] or {}), **_less_ceiling(config, row, result)}
         table.append({**_identity(config, row), **_cost(config, row, result), **_named(measured, realism)})
     return table
 
@@ -68,6 +69,22 @@ def _task_scores(config: CompareJob, key: str, task: str, result: GraphResult) -
     spread = {f"{k}_seed_sd": _sd(values) for k, values in of.items() if k in COLUMNS and len(values) > 1}
     seconds = sum(run.manifest["cpu_seconds"] for run in runs if run is not None)
     return {**means, **spread, f"cost/{task}_cpu_seconds": seconds}
+
+
+def _less_ceiling(config: CompareJob, row: Any, result: GraphResult) -> dict[str, float]:
+    """`<score>_less_ceiling` with its interval: the row's score less the ceiling's, by the same test patients."""
+    found: dict[str, float] = {}
+    for task, score in (("segmentation", "mean_dice"), ("classification", "view_accuracy")):
+        runs = [
+            [result.results.get(f"{task} {key} seed {seed}") for seed in range(config.num_task_seeds)]
+            for key in (row.key, "ceiling")
+        ]
+        own, theirs = ([run.manifest["by_frame"] for run in side if run is not None] for side in runs)
+        if row.kind == "ceiling" or len(own) < config.num_task_seeds or len(theirs) < config.num_task_seeds:
+            continue
+        values = paired_difference(own, theirs)
+        found |= {f"{score}_less_ceiling{end}": value for end, value in zip(("", "_low", "_high"), values)}
+    return found
 
 
 def _sd(values: list[float | None]) -> float | None:

@@ -18,7 +18,7 @@ from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
 from raysyn.types import SPLITS, VIEWS, FrameArrays, Outcome, UserError
 
-TASK_VERSION = "task 6"  # goes up when a manifest gains a number, so that older ones are made again
+TASK_VERSION = "task 7"  # goes up when a manifest gains a number, so that older ones are made again
 REALISM_VERSION = "realism 5"
 
 
@@ -169,8 +169,8 @@ def run_task(
 ) -> Outcome:
     """Train `task` on frame sets and test it on `real`'s test split; skipped when it was done.
 
-    `set_share` < 1 takes that share of the training frames, drawn by the task's seed. Manifest: `scores`, and
-    `model_dir`, the trained network (what `synthesize.segmenter_dir` and `run_realism` take).
+    `set_share` < 1 takes that share of the training frames, drawn by the task's seed. Manifest: `scores`, `by_frame`
+    (`metrics.paired`), and `model_dir`, the trained network (what `synthesize.segmenter_dir` and `run_realism` take).
     """
     kept = (min_faithfulness, set_share) if (min_faithfulness, set_share) != (0.0, 1.0) else ()
     key = fingerprint(TASK_VERSION, task, [set_fingerprint(u) for u in train_sets], set_fingerprint(real), *kept)
@@ -208,6 +208,7 @@ def run_task(
         {
             "task": task.kind,
             "arch": task.arch,
+            "by_frame": scores.pop("by_frame"),
             "scores": scores,
             "validation_score": fitted.best_score,
             "history": fitted.history,

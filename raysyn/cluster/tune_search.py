@@ -240,16 +240,16 @@ def pareto_front(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _refit(task: TaskConfig, job: dict[str, Any], params: dict[str, Any]) -> tuple[float, float]:
     """Runs on a worker: the best set-up with another seed; its validation score, and mean Dice or accuracy on test frames."""
     from raysyn.labels import to_task_classes
-    from raysyn.metrics.overlap import dice_by_region
+    from raysyn.metrics.overlap import dice_by_region, mean_of_means
     from raysyn.tasks.classification import predict_view_scores, train_classification
-    from raysyn.tasks.segmentation import mean_dice, predict_label_maps, train_segmentation
+    from raysyn.tasks.segmentation import predict_label_maps, train_segmentation
 
     sets = trial_sets(job, task, params)
     train = train_segmentation if task.kind == "segmentation" else train_classification
     fitted, test = train(sets["train"], sets["validation"], task, real=sets.get("real")), sets["test"]
     if task.kind == "segmentation":
         read = predict_label_maps(fitted, test.image_u8)
-        return fitted.best_score, mean_dice(dice_by_region(read, to_task_classes(test.label_map)))
+        return fitted.best_score, mean_of_means(dice_by_region(read, to_task_classes(test.label_map)))
     scores = predict_view_scores(fitted, test.image_u8)
     return fitted.best_score, float(((scores > 0.5) == (test.view == 1)).mean())
 

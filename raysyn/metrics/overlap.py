@@ -20,6 +20,13 @@ def dice_by_region(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.nda
     return {name: dice(np.isin(predicted, classes), np.isin(truth, classes)) for name, classes in TASK_REGIONS.items()}
 
 
+def mean_of_means(by_region: dict[str, np.ndarray], index: np.ndarray | None = None) -> float:
+    """Mean over regions of each one's mean over frames, or over those of `index`; NaN, absent from both maps, is left out."""
+    chosen = [values if index is None else values[index] for values in by_region.values()]
+    means = [float(np.nanmean(values)) for values in chosen if np.isfinite(values).any()]
+    return float(np.mean(means)) if means else float("nan")
+
+
 def _surface(mask: np.ndarray) -> np.ndarray:
     return mask & ~ndimage.binary_erosion(mask)
 

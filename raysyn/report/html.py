@@ -20,6 +20,7 @@ from raysyn.report.table import (
     interval_text,
     number,
     row_kind,
+    row_name,
 )
 
 STYLE = """
@@ -81,6 +82,8 @@ def page_html(
     failed = _section("Failures", _failures(failures), "failed" if failures else "")
     sections = [failed] if failures else []
     sections.append(_section("Results", _table(rows, COLUMNS) + _everything(rows)))
+    if against := _against_ceiling(rows):
+        sections.append(_section("Against the ceiling, patient by patient", against))
     if figures:
         drawn = "".join(_figure(path, f"<b>{_text(name)}.</b> {_text(caption)}") for path, name, caption in figures)
         sections.append(_section("Figures", f'<div class="pair">{drawn}</div>'))
@@ -150,6 +153,37 @@ def _everything(rows: Sequence[Row]) -> str:
         return ""
     columns = ["model", "solver", "num_steps", *further]
     return f"<details><summary>every measure ({len(further)} more)</summary>{_table(rows, columns)}</details>"
+
+
+def _against_ceiling(rows: Sequence[Row]) -> str:
+    """A table of the paired differences; nothing where no row has one."""
+    heads = {"mean_dice": "mean Dice", "view_accuracy": "view accuracy"}
+    lines = []
+    for row in rows:
+        texts = [_difference(row, f"task/{score}_less_ceiling") for score in heads]
+        if any(texts):
+            cells = "".join(f"<td>{text or '–'}</td>" for text in texts)
+            lines.append(f'<tr class="{row_kind(row)}"><td class="text">{_text(row_name(row))}</td>{cells}</tr>')
+    if not lines:
+        return ""
+    ceiling = next((str(r["trained_on"]) for r in rows if row_kind(r) == "ceiling"), "real")
+    note = (
+        f"The score of a set less that of {ceiling} frames on the same test frames, with the 95 % interval over the test "
+        "patients. An interval that holds 0: these patients do not tell the two apart, which is no proof that they are "
+        "equal; how far apart they may be is what the interval says. Another training is not in it."
+    )
+    head = "".join(f"<th>{text}</th>" for text in heads.values())
+    table = (
+        f'<table><thead><tr><th class="text">trained on</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    )
+    return f'<p class="none">{_text(note)}</p><div class="scroll">{table}</div>'
+
+
+def _difference(row: Row, key: str) -> str:
+    value, low, high = (number(row, key + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return ""
+    return f"{value:+.3f}" + ("" if low is None or high is None else f"<small>{low:+.3f} to {high:+.3f}</small>")
 
 
 def _figure(path: Path, caption: str, photo: bool = False) -> str:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from raysyn.config import TaskConfig
 from raysyn.metrics.bootstrap import lowest_share, with_spread
 from raysyn.metrics.classify import auroc, calibration_error
+from raysyn.metrics.paired import by_frame
 from raysyn.tasks.fitting import FittedTask, Report, fit_task
 from raysyn.tasks.mixing import mix_frames
 from raysyn.tasks.nets import build_classifier
@@ -59,6 +60,7 @@ def evaluate_classification(fitted: FittedTask, test: FrameArrays, *, seed: int 
     """Accuracy, AUROC from scores and calibration, each with a 95 % interval over patients and the published protocol.
 
     Where every frame is right a bootstrap has no doubt: the accuracy's lower end is then that of patients without an error.
+    `by_frame`: each frame's id, patient and whether it was right, for paired differences.
     Raises UserError when all test frames show one view.
     """
     scores = predict_view_scores(fitted, test.image_u8)
@@ -70,7 +72,7 @@ def evaluate_classification(fitted: FittedTask, test: FrameArrays, *, seed: int 
         both = 0 < truth[index].sum() < len(index)
         return auroc(scores[index], truth[index]) if both else float("nan")
 
-    found: dict[str, Any] = {"num_frames": len(test)}
+    found: dict[str, Any] = {"num_frames": len(test), "by_frame": by_frame(test, {"view_accuracy": right})}
     for name, statistic in {
         "view_accuracy": lambda index: float(right[index].mean()),
         "view_auroc": auroc_of,

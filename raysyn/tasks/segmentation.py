@@ -13,7 +13,8 @@ from raysyn.config import TaskConfig
 from raysyn.labels import TASK_CLASSES, TASK_REGIONS, to_task_classes
 from raysyn.metrics.bootstrap import patient_interval, subset_protocol, with_spread
 from raysyn.metrics.function import METHODS, ejection_fraction_errors
-from raysyn.metrics.overlap import dice_by_region, hausdorff
+from raysyn.metrics.overlap import dice_by_region, hausdorff, mean_of_means
+from raysyn.metrics.paired import by_frame
 from raysyn.tasks.fitting import FittedTask, Report, fit_task
 from raysyn.tasks.mixing import mix_frames
 from raysyn.tasks.nets import build_segmenter
@@ -51,7 +52,7 @@ def train_segmentation(
     truth = to_task_classes(validation.label_map)
 
     def score(fitted: FittedTask) -> float:
-        return mean_dice(dice_by_region(predict_label_maps(fitted, validation.image_u8), truth))
+        return mean_of_means(dice_by_region(predict_label_maps(fitted, validation.image_u8), truth))
 
     def loss_of(logits: Tensor, label: Tensor, index: np.ndarray, frames: FrameArrays) -> Tensor:
         return _loss(task, logits, label)
@@ -66,27 +67,23 @@ def predict_label_maps(fitted: FittedTask, image_u8: np.ndarray) -> np.ndarray:
     return np.concatenate([logits.argmax(1).to(torch.uint8).numpy() for logits in fitted.logits(image_u8)])
 
 
-def mean_dice(by_region: dict[str, np.ndarray]) -> float:
-    """Mean over the regions of each region's mean over frames; frames without the region in both are left out."""
-    means = [float(np.nanmean(v)) for v in by_region.values() if np.isfinite(v).any()]
-    return float(np.mean(means)) if means else float("nan")
-
-
 def evaluate_segmentation(fitted: FittedTask, test: FrameArrays, *, seed: int = 0) -> dict[str, Any]:
     """Scores on held-out frames, each a mean with sd and a 95 % interval over patients.
 
     Keys: `<region>_dice`, `<region>_hausdorff_<unit>`, `<region>_hd95_<unit>` (unit: mm where every spacing is known, else
     px), each with `_sd`, `_low`, `_high` and the published protocol's `_protocol_mean` and `_protocol_sd`; `mean_dice` with
     interval and protocol; and where the frames hold ED with ES `<rule>_ef_*`, errors of the ejection fraction, spread likewise.
+    `by_frame`: each frame's id, patient and Dice by region, for paired differences.
     """
     predicted, truth = predict_label_maps(fitted, test.image_u8), to_task_classes(test.label_map)
     dice = dice_by_region(predicted, truth)
-    scores: dict[str, Any] = {"num_frames": len(test)}
+    frame_scores = by_frame(test, {f"{region}_dice": values for region, values in dice.items()})
+    scores: dict[str, Any] = {"num_frames": len(test), "by_frame": frame_scores}
     for region, values in dice.items():
         scores |= _summary(f"{region}_dice", values, test.patient_id, seed)
     scores |= with_spread(
         "mean_dice",
-        lambda index: mean_dice({region: values[index] for region, values in dice.items()}),
+        lambda index: mean_of_means(dice, index),
         test.patient_id,
         seed,
     )

@@ -9,7 +9,7 @@ import pytest
 from raysyn.cluster.compare import study_rows
 from raysyn.cluster.graph import GraphResult
 from raysyn.cluster.sampler_actor import ShardWriter
-from raysyn.cluster.study_report import _task_scores, how_measured, sampling_costs
+from raysyn.cluster.study_report import _less_ceiling, _task_scores, how_measured, sampling_costs
 from raysyn.compose import load_job
 from raysyn.config import SynthesizeConfig
 from raysyn.metrics.cost import Cost, cost_columns, measured
@@ -99,3 +99,21 @@ def test_several_trainings_of_a_row_have_their_sd_beside_the_interval() -> None:
     assert np.isnan(found["lv_endo_dice_seed_sd"])
     assert "mean_dice_low_seed_sd" not in found
     assert found["cost/segmentation_cpu_seconds"] == 4
+
+
+def test_a_row_stands_against_the_ceiling_once_both_have_all_their_trainings() -> None:
+    config = load_job("compare", ["scale=tiny", "model=[edm]", "num_task_seeds=2"])
+    ceiling, synthetic = study_rows(config)[:2]
+
+    def run(*dice: float) -> Outcome:
+        frames = {"frame_id": ["a", "b", "c"], "patient_id": ["p", "q", "r"], "la_dice": list(dice)}
+        return Outcome("task", "", "", {"by_frame": frames})
+
+    runs = {f"segmentation {ceiling.key} seed {i}": run(0.9, 0.7, 0.5) for i in range(2)}
+    runs |= {f"segmentation {synthetic.key} seed 0": run(0.8, 0.6, 0.4)}
+    assert _less_ceiling(config, synthetic, GraphResult(runs)) == {}
+    runs |= {f"segmentation {synthetic.key} seed 1": run(0.8, 0.7, 0.4)}
+    found = _less_ceiling(config, synthetic, GraphResult(runs))
+    assert list(found.values()) == pytest.approx([-0.25 / 3, -0.1, -0.05])
+    assert list(found) == [f"mean_dice_less_ceiling{end}" for end in ("", "_low", "_high")]
+    assert _less_ceiling(config, ceiling, GraphResult(runs)) == {}

@@ -70,6 +70,11 @@ def test_a_task_run_keeps_its_network_and_is_skipped_when_done(sets, tmp_path) -
     first = run_task(job, TASK, [made], real)
     assert 0 <= first.manifest["scores"]["mean_dice"] <= 1
     assert first.manifest["cpu_seconds"] > 0
+    by_frame = first.manifest["by_frame"]
+    assert by_frame["frame_id"] == list(read_arrays(real, "test").frame_id)
+    assert first.manifest["scores"]["lv_endo_dice"] == pytest.approx(
+        np.nanmean(np.array(by_frame["lv_endo_dice"], float))
+    )
     assert first.manifest["cost"]["cost/segmentation_peak_memory_mb"] > 1
     assert load_task(first.manifest["model_dir"]).task.width == 4
     named = Storage.at(first.manifest["model_dir"]).read_json("task.json")["patients"]

@@ -154,6 +154,19 @@ def test_a_study_without_generated_rows_still_has_its_page(tmp_path: Path) -> No
     assert "None: every stage of the study finished." in written[0].read_text()
 
 
+def test_the_page_sets_each_set_against_the_ceiling(tmp_path: Path) -> None:
+    rows = study()
+    write_report(tmp_path, rows)
+    assert "patient by patient" not in (tmp_path / "index.html").read_text()
+    less = "task/mean_dice_less_ceiling"
+    rows[1] |= {less: -0.0071, f"{less}_low": -0.009, f"{less}_high": -0.005, "task/view_accuracy_less_ceiling": 0.0}
+    write_report(tmp_path, rows)
+    page = (tmp_path / "index.html").read_text()
+    assert "less that of phantom frames" in page
+    cells = "<td>-0.007<small>-0.009 to -0.005</small></td><td>+0.000</td>"
+    assert f'<td class="text">edm heun 5</td>{cells}</tr></tbody>' in page, "the one row that has a difference"
+
+
 def test_a_report_is_published_to_storage(tmp_path: Path) -> None:
     write_report(tmp_path / "here", study())
     publish(tmp_path / "here", str(tmp_path / "there"))

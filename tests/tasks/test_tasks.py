@@ -149,7 +149,7 @@ def test_the_loss_told_is_the_mean_since_the_last_validation(frames) -> None:
 
 
 def test_training_that_cannot_be_validated_is_refused(frames, monkeypatch) -> None:
-    monkeypatch.setattr("raysyn.tasks.segmentation.mean_dice", lambda _: float("nan"))
+    monkeypatch.setattr("raysyn.tasks.segmentation.mean_of_means", lambda _: float("nan"))
     task = TaskConfig(arch="unet:small", batch_size=4, num_steps=2, width=2)
     with pytest.raises(UserError, match="validation frames: show nothing that can be scored"):
         train_segmentation(frames[0], frames[1], task)
@@ -183,6 +183,8 @@ def test_rand_augment_draws_for_each_frame_and_repeats_by_position(frames) -> No
 
 def test_evaluation_holds_function_protocol_and_intervals(frames, segmenter) -> None:
     scores = evaluate_segmentation(segmenter, frames[2])
+    by_frame = scores.pop("by_frame")
+    assert by_frame.keys() == {"frame_id", "patient_id", "lv_endo_dice", "lv_epi_dice", "la_dice"}
     for rule in ("simpson", "area_length"):
         assert scores[f"{rule}_ef_num_pairs"] == 12
         assert scores[f"{rule}_ef_mae_low"] <= scores[f"{rule}_ef_mae"] <= scores[f"{rule}_ef_mae_high"]
