@@ -21,6 +21,7 @@ from raysyn.pipeline import (
     synthesize_images,
     weights_sha256,
 )
+from raysyn.tracking.model import ConditionalSampler
 from raysyn.types import UserError
 
 SIZE = 32
@@ -227,6 +228,21 @@ def test_wrong_calls_are_one_clear_error(folder, maps) -> None:
             pipeline(label_maps, "2CH", **more)
     with pytest.warns(UserWarning, match=r"guidance_scale 2: edm\w* was fitted without label_dropout"):
         pipeline(maps[:1], "2CH", num_inference_steps=2, guidance_scale=2.0, amp="bf16")
+
+
+def test_maps_that_mlflow_is_asked_with_are_checked(folder, maps) -> None:
+    sampler = ConditionalSampler(str(folder))
+    views = np.array([0, 1, 0, 1], np.uint8)
+    drawn = sampler.predict(semantic_index(maps, views), {"num_steps": 2, "seed": 5})
+    chosen = dataclasses.replace(sampler.fitted.config.sampler, num_steps=2)
+    assert np.array_equal(drawn, synthesize_images(sampler.fitted, maps, views, [5, 6, 7, 8], chosen))
+    for wrong, says in (
+        (maps + np.uint8(9), r"label values \[10, 11, 12, 13\] are outside the set 0 to 9"),
+        (maps[:, :16, :16], "is 16x16, but this model draws 32x32"),
+        (maps.astype(np.float64), "expected a uint8 array"),
+    ):
+        with pytest.raises(UserError, match=says):
+            sampler.predict(wrong)
 
 
 def test_images_that_are_no_numbers_are_not_drawn_black(folder, maps) -> None:

@@ -106,10 +106,14 @@ class Conditioning:
 
 
 def keep_mask(seeds: Tensor, layer: int, shape: tuple[int, ...], probability: float) -> Tensor:
-    """True where a value is kept, bool [B, *shape]: a hash of each sample's seed, the layer and the place."""
-    places = torch.arange(math.prod(shape), device=seeds.device)
-    hashed = _mix(_mix(seeds + layer)[:, None] + places)
-    return (hashed & (1 << 31) - 1).reshape(-1, *shape) >= int(probability * (1 << 31))
+    """True where a value is kept, bool [B, *shape]: a hash of each sample's seed, the layer and the place.
+
+    Mixed well are the B and the places apart; of all B x places it takes an exclusive or and a product, whose upper bits
+    count: a fifth of the time of mixing each.
+    """
+    places = _mix(torch.arange(math.prod(shape), device=seeds.device))
+    hashed = (_mix(seeds + layer)[:, None] ^ places) * -0x61C8864680B583EB
+    return hashed.reshape(-1, *shape) >= min(int(probability * 2**64) - 2**63, 2**63 - 1)
 
 
 def _mix(z: Tensor) -> Tensor:

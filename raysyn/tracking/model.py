@@ -25,20 +25,20 @@ class ConditionalSampler:
     def predict(self, semantic: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         """semantic uint8 [N, H, W] with values 0 to 9 (structure + 5 x view) → images uint8 [N, H, W].
 
-        params: `seed` of the first image (the next ones count up), `num_steps` (0: the model's own).
+        params: `seed` of the first image (the next ones count up), `num_steps` (0: the model's own). Raises UserError
+        for values outside the set, of both views in one map, and for a map of the wrong size.
         """
         import dataclasses
 
-        from raysyn.labels import STRUCTURES
+        from raysyn.diffusers_pipeline import check_maps
         from raysyn.pipeline import synthesize_images
 
-        chosen, semantic = params or {}, np.asarray(semantic, dtype=np.uint8)
+        chosen, (maps, view) = params or {}, check_maps(semantic, None, self.fitted.image_size)
         sampler = self.fitted.config.sampler
         if chosen.get("num_steps"):
             sampler = dataclasses.replace(sampler, num_steps=int(chosen["num_steps"]))
-        view = semantic.max(axis=(1, 2)) // len(STRUCTURES)
-        seeds = [int(chosen.get("seed", 0)) + i for i in range(len(semantic))]
-        return synthesize_images(self.fitted, semantic % len(STRUCTURES), view, seeds, sampler)
+        seeds = [int(chosen.get("seed", 0)) + i for i in range(len(maps))]
+        return synthesize_images(self.fitted, maps, view, seeds, sampler)
 
 
 def _load_pyfunc(data_path: str) -> ConditionalSampler:

@@ -147,6 +147,19 @@ def test_dropout_keeps_its_share_and_knows_sample_layer_and_place(probability: f
         assert (mask[0] == other).float().mean().item() == pytest.approx(expected, abs=0.02)
 
 
+def test_dropouts_of_samples_layers_and_neighbours_are_independent() -> None:
+    seeds = torch.randint(0, 2**62, (6,), generator=torch.Generator().manual_seed(0))
+    masks = torch.cat([keep_mask(seeds, layer, (32, 64, 64), 0.1).flatten(1) for layer in (1, 2, 9)]).double()
+    z = (masks - 0.9) / 0.3
+    root = z.shape[1] ** 0.5
+    together = z @ z.T / root  # off the diagonal standard normal, if independent
+    assert together.fill_diagonal_(0).abs().max() < 5
+    assert together.square().sum() / (18 * 17) < 1.5
+    for lag in (1, 64, 4096):
+        assert ((z * z.roll(lag, 1)).mean(1) * root).abs().max() < 5
+    assert abs(float((z[0] * z[7] * z[14]).mean() * root)) < 5
+
+
 def test_dropout_leaves_the_mean_and_without_seeds_is_torchs() -> None:
     one_hot, h = blobs(4), torch.ones(4, 8, 32, 32)
     dropped = Conditioning(one_hot, seeds=torch.arange(4)).dropout(h, 0.25)
