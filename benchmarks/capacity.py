@@ -9,8 +9,10 @@ from raysyn.config import CompareJob
 from raysyn.diffusion.solvers import num_function_evals
 
 GFLOP = {64: 326, 128: 1209, 256: 4666}  # one evaluation of the published network with SPADE, batch of one
-SIZES = {"pixel (sdm, vp, ve, edm)": 256, "edm_l128": 128, "edm_l64": 64}  # what the network sees of a 256 px image
-NUM_MODELS = {256: 4, 128: 1, 64: 1}
+SDM, PIXEL = "sdm, guided (two networks an evaluation)", "vp, ve, edm"
+SIZES = {SDM: 256, PIXEL: 256, "edm_l128": 128, "edm_l64": 64}  # what the network sees of a 256 px image
+NUM_MODELS = {SDM: 1, PIXEL: 3, "edm_l128": 1, "edm_l64": 1}
+NUM_NETWORKS = {SDM: 2, PIXEL: 3, "edm_l128": 1, "edm_l64": 1}  # asked at an evaluation of all models of the row
 PEAK_TFLOPS = {"A100": 312, "H100": 989}  # dense bf16, the makers' figures
 SHARES = (0.2, 0.3, 0.4)
 IMAGES_GRID, IMAGES_LARGE = 9_000, 10_000_000
@@ -49,14 +51,15 @@ def table(rows: list[tuple[str, float]]) -> str:
 def main() -> None:
     """Print the page's tables."""
     evaluations = grid_evaluations()
-    drawn = [(name, NUM_MODELS[s] * flop(s, IMAGES_GRID, evaluations)) for name, s in SIZES.items()]
-    fitted = sum(NUM_MODELS[s] * flop(s, TRAIN_IMAGES, TRAIN_FACTOR) for s in SIZES.values())
+    drawn = [(name, NUM_NETWORKS[name] * flop(s, IMAGES_GRID, evaluations)) for name, s in SIZES.items()]
+    fitted = sum(NUM_MODELS[name] * flop(s, TRAIN_IMAGES, TRAIN_FACTOR) for name, s in SIZES.items())
     print(f"The grid: {evaluations} evaluations an image over all solvers and steps, GPU hours\n")
     print(table([*drawn, ("all six drawn", sum(w for _, w in drawn)), ("all six fitted", fitted)]))
     print("\n10 million images, GPU hours\n")
     large = [
-        (f"{name}, {label}", flop(size, IMAGES_LARGE, count))
+        (f"{'a pixel model' if name == PIXEL else name}, {label}", flop(size, IMAGES_LARGE, count))
         for name, size in SIZES.items()
+        if name != SDM
         for label, count in (("Heun 25", num_function_evals("heun", 25)), ("DPM-Solver++ 8", 8))
     ]
     print(table(large))

@@ -26,7 +26,7 @@ import psutil
 from raysyn.cluster.fit import fit
 from raysyn.cluster.inputs import prepare_fingerprint
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.synthesize import check_model, make_spec, synthesize
+from raysyn.cluster.synthesize import make_spec, model_facts, synthesize
 from raysyn.compose import load_job
 from raysyn.config import FitJob, SynthesizeJob
 from raysyn.training_state import Progress
@@ -138,7 +138,7 @@ def bare_writer(config: SynthesizeJob, model_dir: str, frames: str, folder: Path
 
     from raysyn.cluster.sampler_actor import ShardWriter
 
-    spec = make_spec(config, check_model(config, model_dir), frames, prepare_fingerprint(config))
+    spec = make_spec(config, model_facts(config, model_dir), frames, prepare_fingerprint(config))
     writer = ShardWriter(dataclasses.replace(spec, output=str(folder)))
     for shard in spec.plan.shards():
         writer({key: np.array([value]) for key, value in dataclasses.asdict(shard).items()})

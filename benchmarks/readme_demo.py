@@ -27,6 +27,10 @@ SHOWN = {
     "mean_dice": "mean Dice",
     "view_accuracy": "view accuracy",
 }
+COLUMNS = (
+    "FD lite0 is the Fréchet distance to their frames in EfficientNet-Lite0's features; evaluations are those of the "
+    "network that an image takes."
+)
 
 
 def table(path: Path) -> str:
@@ -53,7 +57,7 @@ def main(block: str, folder: str, note: str) -> None:
     picture = f"benchmarks/pictures/{block}.png"
     shutil.copy(report / "pictures" / "hero.png", ROOT / picture)
     text = (
-        f"{table(report / 'table.csv')}\n\nTested on held-out phantom patients. {machine()}, "
+        f"{table(report / 'table.csv')}\n\nTested on held-out phantom patients; {COLUMNS} {machine()}, "
         f"{datetime.date.today().isoformat()}. {note}\n\n"
         f"![phantom frames, warped label maps, and what each model drew]({picture})"
     )

@@ -57,6 +57,9 @@ def load_job(job: str, overrides: list[str]) -> Any:
         if key not in names:
             raise UserError(f"{key}: not a key of jobs/{job}.py; its keys are {', '.join(sorted(names))}")
     kinds = values.pop(VAE, [])
+    if isinstance(kinds, dict):
+        key = next(iter(kinds))
+        raise UserError(f"vae.{key}: of one model it is model.vae.{key}; a study of several has it from configs/model/")
     presets = raw.get("presets") or {}
     late = OmegaConf.create(values)
     plain = {k: v for k, v in OmegaConf.to_container(raw, resolve=True).items() if k in names}  # type: ignore[union-attr]
@@ -152,7 +155,7 @@ def _split_overrides(cls: type, overrides: list[str]) -> tuple[list[str], dict[s
             values.append(f"{key}={_quoted(value) if _is_text(cls, key) else value}")
     try:
         container = OmegaConf.to_container(OmegaConf.from_dotlist(values))
-    except Exception as error:
+    except Exception as error:  # whatever YAML and OmegaConf's grammar make of a user's text
         raise UserError(f"{' '.join(values)}: cannot be read as key=value ({str(error).splitlines()[0]})") from None
     return groups, container  # type: ignore[return-value]
 

@@ -48,10 +48,14 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
 
         Raises UserError for a folder that is missing, altered or another model's.
         """
-        if options.pop("torch_dtype", torch.float32) != torch.float32:
-            raise UserError("torch_dtype: weights are kept in fp32; pass amp='bf16' when drawing")
+        _refuse_dtype(*(options.pop(key, None) for key in ("dtype", "torch_dtype")))
         check_model_dir(Path(folder))  # refuses what must not be drawn from: diffusers itself checks nothing
         return super().from_pretrained(str(folder), **{"low_cpu_mem_usage": False, **options})
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move it to a device. Raises UserError for another dtype: `amp` is for that."""
+        _refuse_dtype(*(a for a in args if isinstance(a, torch.dtype)), kwargs.get("dtype"))
+        return super().to(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **facts: Any) -> None:
         """Write a model folder, `facts` in its card; the weights at hand stand for the averaged and the raw ones.
@@ -105,6 +109,11 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
 
             return [Image.fromarray(image) for image in images]
         return images
+
+
+def _refuse_dtype(*dtypes: Any) -> None:
+    if any(dtype not in (None, torch.float32) for dtype in dtypes):
+        raise UserError("dtype: weights are kept in fp32; pass amp='bf16' when drawing")
 
 
 def split_views(maps: np.ndarray) -> tuple[np.ndarray, list[str]]:

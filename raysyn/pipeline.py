@@ -104,7 +104,13 @@ def sample_latents(
 
 
 def decode_images(model: FittedModel, x: Tensor, label_map: np.ndarray) -> np.ndarray:
-    """The second half: images uint8 [B, H, W] from x, 0 outside the sector of label_map uint8 [B, H, W]."""
+    """The second half: images uint8 [B, H, W] from x, 0 outside the sector of label_map uint8 [B, H, W].
+
+    Raises UserError where x is not finite: the images would be black, and no one would know why.
+    """
+    if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+        what = "in fp16 numbers may overflow, so use amp=bf16 or none; else its weights are not usable"
+        raise UserError(f"{model.config.name}: {bad} of {len(x)} images are not finite numbers ({what})")
     sector = torch.from_numpy(label_map != 0)[:, None].float().to(x.device)
     return to_u8(model.codec.decode(x, sector))
 
@@ -120,7 +126,8 @@ def weights_sha256(folder: str | Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).rglob("*.safetensors") if "unet_raw" not in p.parts):
         digest.update(str(path.relative_to(folder)).encode())
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # in pieces: a published net has 1.4 GB
     return digest.hexdigest()
 
 
@@ -198,6 +205,17 @@ def check_model_dir(folder: Path) -> tuple[ModelConfig, int, str]:
             f"{folder}: weights do not match the sha256 in model.json; the folder was altered or is damaged"
         )
     return config, saved["image_size"], saved["checkpoint_sha256"]
+
+
+def check_saved_nets(folder: Path, config: ModelConfig, image_size: int) -> None:
+    """Raise UserError unless the nets in a model folder, by their own configs, are the model's; no weight is read."""
+    parts: list[Any] = [(SemanticUNet, "unet"), *([(GammaVAE, "vae")] if config.space == "latent" else [])]
+    try:
+        with torch.device("meta"):
+            nets = [cls.from_config(cls.load_config(folder / name)) for cls, name in parts]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: its nets cannot be made ({str(error).splitlines()[0]})") from None
+    assemble(nets[0], nets[1] if len(nets) > 1 else None, config, image_size, "", str(folder))
 
 
 def assemble(

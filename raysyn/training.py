@@ -78,18 +78,22 @@ class Objective(Protocol):
 
 @dataclass
 class Parallel:
-    """One process's place among the ranks. `wrap` makes the loss module exchange gradients; `all_reduce` sums."""
+    """One process's place among the ranks. `wrap` makes the loss module exchange gradients; `all_reduce` sums.
+
+    `gpu_share` is what each rank holds of its GPU, below 1 where others compute on it too.
+    """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     all_reduce: Callable[[Tensor], Tensor] = lambda value: value
+    gpu_share: float = 1.0
 
     @property
-    def num_gpus(self) -> int:
-        """GPUs in use by all ranks."""
-        return self.world_size if self.device.type == "cuda" else 0
+    def num_gpus(self) -> float:
+        """GPUs held by all ranks."""
+        return self.world_size * self.gpu_share if self.device.type == "cuda" else 0
 
 
 @dataclass

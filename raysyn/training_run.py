@@ -185,7 +185,7 @@ class _Energy:
         """Add it to the progress, the same on all ranks; called by all of them. Unknown once is unknown for good."""
         now, before = self._read(self.parallel), self.before
         self.before = now
-        used = [0.0, 1.0] if now is None or before is None else [now - before, 0.0]
+        used = [0.0, 1.0] if now is None or before is None else [(now - before) * self.parallel.gpu_share, 0.0]
         if self.parallel.num_gpus:
             used = self.parallel.all_reduce(torch.tensor(used, device=self.parallel.device)).tolist()
         joules, unknown = used

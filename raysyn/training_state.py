@@ -46,7 +46,7 @@ class Progress:
     validations: list[tuple[int, float]] = field(default_factory=list)
     rollbacks: list[tuple[int, float]] = field(default_factory=list)
 
-    def spend(self, wall_seconds: float, cpu_seconds: float, num_ranks: int, num_gpus: int) -> None:
+    def spend(self, wall_seconds: float, cpu_seconds: float, num_ranks: int, num_gpus: float) -> None:
         """Add what one rank measured, for all ranks."""
         self.wall_seconds += wall_seconds
         self.cpu_seconds += cpu_seconds * num_ranks
@@ -79,6 +79,10 @@ class TrainState:
             entries.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        for parameter, entry in self.optimizer.state.items():
+            for key, value in entry.items():  # laid out in memory as the weights, which the fused kernels ask for
+                if key != "step" and value.shape == parameter.shape:
+                    entry[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         pairs = {key: [tuple(entry) for entry in progress[key]] for key in ("validations", "rollbacks")}
         self.progress = Progress(**{**progress, **pairs})
 

@@ -1,8 +1,13 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from raysyn.compose import JOBS, MODEL_NAMES, load_job, load_model
 from raysyn.config import NetConfig, VAEConfig, fingerprint
 from raysyn.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -48,6 +53,8 @@ def test_the_gaussian_control_is_one_word_away() -> None:
         ("fit", ["model=edm", "vae=kl"], "edm works on pixels"),
         ("fit", ["model=edm_l64", "vae=vq"], "kind: 'vq' is not one of gamma, kl"),
         ("fit", ["model=edm_l64", "vae=[gamma,kl]"], "takes one kind here"),
+        ("fit", ["vae.weight_kl=1"], r"^vae\.weight_kl: of one model it is model\.vae\.weight_kl"),
+        ("compare", ["model=all", "vae.weight_kl=1"], r"^vae\.weight_kl: .* from configs/model/"),
         ("prepare", ["vae=kl"], "vae: not a key"),
     ):
         with pytest.raises(UserError, match=says):
@@ -88,6 +95,8 @@ def test_all_models_at_once_have_a_folder_of_their_own() -> None:
         ("fit", "model.net.channel_multipliers=[1,0]", r"model\.net\.channel_multipliers: 0 is outside"),
         ("fit", "model.vae.weight_image=-1", r"model\.vae\.weight_image: -1.0 is outside"),
         ("fit", "model.sampler.s_noise=nan", r"model\.sampler\.s_noise: nan is outside"),
+        ("fit", "model.sampler={guidance_sigma_min: 5, guidance_sigma_max: 1}", r"guidance_sigma_min: 5.0 is above"),
+        ("fit", "model.sampler.s_max=0.01", r"model\.sampler\.s_min: 0.02 is above s_max 0.01"),
         ("fit", "tracking.uri=foo", r"tracking\.uri: 'foo' is no address"),
         ("fit", "ray.address=foo", r"ray\.address: 'foo' is neither host:port"),
         ("fit", "ray.num_cpus=0", r"ray\.num_cpus: 0 is outside"),
@@ -128,3 +137,18 @@ def test_fingerprint_tells_configs_apart_and_ignores_identity() -> None:
     assert fingerprint(NetConfig(), VAEConfig()) != fingerprint(NetConfig(dropout=0.2), VAEConfig())
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert len(fingerprint("x")) == 16
+
+
+def test_the_command_lines_and_keys_of_the_pages_are_real() -> None:
+    pages = [ROOT / name for name in ("README.md", "infra/README.md", "infra/CAPACITY.md", "benchmarks/README.md")]
+    text = "\n".join(page.read_text().replace("\\\n", " ") for page in pages)
+    commands = re.findall(r"jobs/(\w+)\.py((?: +[\w.]+=[^\s`]+)*)", text)
+    assert len([job for job, given in commands if given]) >= 6
+    for job, given in commands:
+        load_job(job, given.split())
+    keys = set(re.findall(r"`((?:model|vae|synthesize|workers|cost|tracking|data|search)\.[a-z_.]+)", text))
+    assert len(keys) >= 8
+    for key in keys:
+        owner: object = load_job("synthesize" if key.startswith("synthesize") else "fit", [])
+        for part in key.split("."):
+            owner = getattr(owner, part)

@@ -13,7 +13,14 @@ from raysyn.labels import semantic_index
 from raysyn.models import MODELS, build_denoiser, build_vae
 from raysyn.nets.codecs import LatentCodec, PixelCodec
 from raysyn.nets.fixed_shape import FixedShapeNet
-from raysyn.pipeline import SemanticDiffusionPipeline, load_model_dir, save_model, synthesize_images, weights_sha256
+from raysyn.pipeline import (
+    SemanticDiffusionPipeline,
+    decode_images,
+    load_model_dir,
+    save_model,
+    synthesize_images,
+    weights_sha256,
+)
 from raysyn.types import UserError
 
 SIZE = 32
@@ -201,9 +208,14 @@ def test_the_nets_of_another_model_are_refused(tmp_path, other: str, says: str) 
 
 
 def test_wrong_calls_are_one_clear_error(folder, maps) -> None:
-    with pytest.raises(UserError, match="torch_dtype: weights are kept in fp32"):
-        SemanticDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    for key in ("dtype", "torch_dtype"):
+        with pytest.raises(UserError, match="dtype: weights are kept in fp32"):
+            SemanticDiffusionPipeline.from_pretrained(folder, **{key: torch.float16})
     pipeline = SemanticDiffusionPipeline.from_pretrained(folder)
+    for moved in ({"dtype": torch.bfloat16}, {"device": "cpu", "dtype": torch.float16}):
+        with pytest.raises(UserError, match="dtype: weights are kept in fp32"):
+            pipeline.to(*moved.values())
+    assert pipeline.to("cpu", dtype=torch.float32) is pipeline
     for label_maps, more, says in (
         ([maps[0], maps[1][:16]], {}, "label_maps: are of different sizes"),
         (maps[:0], {}, "with at least one map"),
@@ -215,6 +227,15 @@ def test_wrong_calls_are_one_clear_error(folder, maps) -> None:
             pipeline(label_maps, "2CH", **more)
     with pytest.warns(UserWarning, match=r"guidance_scale 2: edm\w* was fitted without label_dropout"):
         pipeline(maps[:1], "2CH", num_inference_steps=2, guidance_scale=2.0, amp="bf16")
+
+
+def test_images_that_are_no_numbers_are_not_drawn_black(folder, maps) -> None:
+    model = load_model_dir(folder)
+    x = torch.zeros(4, *model.codec.shape(SIZE))
+    assert decode_images(model, x, maps).shape == maps.shape
+    x[1, 0, 0, 0], x[2] = float("inf"), float("nan")
+    with pytest.raises(UserError, match=r"edm\w*: 2 of 4 images are not finite numbers .* amp=bf16"):
+        decode_images(model, x, maps)
 
 
 def test_models_are_the_six_and_know_their_own_config() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raysyn.config import CompareJob, TrackingConfig, to_dict
-from raysyn.tracking import Tracker, ensure_database, flatten, git_commit, log_study, tracker, tracking_uri
+from raysyn.tracking import Tracker, ensure_database, flatten, git_commit, log_study, places, tracker, tracking_uri
 from raysyn.tracking.__main__ import main
 from raysyn.tracking.entries import MAX_KEY, MAX_VALUE, is_final
 from raysyn.tracking.model import log_model
@@ -59,6 +59,22 @@ def test_params_are_flat_and_within_mlflows_limits() -> None:
     assert long["a_b"] == "{}"
 
 
+def test_the_commit_is_the_checkouts_or_what_an_image_was_built_from(tmp_path: Path, monkeypatch) -> None:
+    def git(*command: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@x")
+        return subprocess.run(["git", *identity, *command], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+
+    assert (places.ROOT / "raysyn" / "tracking" / "places.py").is_file()
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    monkeypatch.setenv("RAYSYN_GIT_COMMIT", "of the submitter")
+    assert git_commit() == "of the submitter"
+    (tmp_path / "commit").write_text("of the image\n")
+    assert git_commit() == "of the image"
+    git("init")
+    git("commit", "--allow-empty", "-m", "x")
+    assert git_commit() == git("rev-parse", "HEAD") != ""
+
+
 def test_everything_logged_arrives(storage: str, tmp_path: Path) -> None:
     (tmp_path / "card.md").write_text("card")
     with Tracker.start(ON, storage, "row", {"model": {"name": "edm"}}, {"fingerprint": "ab"}) as logged:
@@ -82,6 +98,22 @@ def test_everything_logged_arrives(storage: str, tmp_path: Path) -> None:
     }
     assert {"config.json", "images", "cards/card.md", "pictures/report/hero.png"} <= names
     assert run.info.artifact_uri.startswith((Path(storage) / "mlartifacts").as_uri())
+
+
+def test_after_its_end_a_run_takes_nothing_as_one_that_is_disabled(storage: str, tmp_path: Path) -> None:
+    ended = Tracker.start(ON, storage, "fit")
+    assert ended.finish() == 0
+    for closed in (ended, Tracker.disabled(), Tracker.start(TrackingConfig(enabled=False), storage, "fit", {"lr": 1})):
+        closed.log_metrics({"late": 1.0}, 1)
+        closed.log_params({"late": 1})
+        closed.log_image("late", np.zeros((8, 8), np.uint8))
+        closed.log_artifact(tmp_path / "absent")
+        with closed:
+            closed.close()
+        assert (closed.finish("FAILED"), closed.dropped, closed._queued()) == (0, 0, 0)
+    assert Tracker.disabled().wait_run_id() is None
+    run = run_of(ended)
+    assert (run.info.status, run.data.metrics, run.data.params) == ("FINISHED", {}, {})
 
 
 def test_the_same_run_goes_on_by_key_and_by_id(storage: str) -> None:

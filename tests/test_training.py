@@ -15,8 +15,8 @@ from raysyn.data.storage import Storage
 from raysyn.diffusion.ema import EMA
 from raysyn.training import Diverged, Parallel, SampleLosses, StepReport, build_optimizer, learning_rate, train
 from raysyn.training_batches import NOISE, Batch, frames_at, normal_noise, uniform
-from raysyn.training_run import Hooks, averaged, run, validation_loss
-from raysyn.training_state import CheckpointStore, TrainState, folder_of
+from raysyn.training_run import Hooks, _Energy, averaged, run, validation_loss
+from raysyn.training_state import CheckpointStore, Progress, TrainState, folder_of
 from raysyn.types import UserError
 
 CONFIG = FitConfig(
@@ -202,6 +202,17 @@ def test_a_stopped_fit_goes_on_as_if_it_had_never_stopped(tmp_path: Path, optimi
     for name, value in undisturbed.model.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name])
         assert torch.equal(undisturbed.ema.average[name], state.ema.average[name])
+
+
+def test_what_is_loaded_lies_in_memory_as_the_weights_do() -> None:
+    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = TrainState(net, torch.optim.AdamW(net.parameters()), EMA(net, 1.0))
+    net(torch.ones(1, 3, 4, 4)).sum().backward()
+    state.optimizer.step()
+    state.load(state.tensors(), dataclasses.asdict(state.progress))
+    for p, entry in state.optimizer.state.items():
+        assert {v.stride() for v in entry.values() if v.shape == p.shape} == {p.stride()}
+    assert torch.equal(state.optimizer.state[net.weight]["exp_avg"], 0.1 * net.weight.grad)
 
 
 def test_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -397,6 +408,15 @@ def test_energy_is_that_of_all_starts_and_of_all_ranks(tmp_path: Path, monkeypat
     assert last == said[-1]
     assert said == sorted(said)
     assert said[0] > first
+
+
+def test_a_shared_gpu_counts_by_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Parallel(world_size=2, device=torch.device("cuda"), gpu_share=0.25).num_gpus == 0.5
+    readings = iter([0.0, 8.0])
+    monkeypatch.setattr("raysyn.training_run.gpu_energy_joules", lambda index: next(readings))
+    progress = Progress()
+    _Energy(OneGPU(gpu_share=0.25)).add_to(progress)
+    assert progress.energy_joules == 2
 
 
 @pytest.mark.parametrize("reading", [None, 5.0])

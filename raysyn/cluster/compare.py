@@ -239,6 +239,11 @@ def check_rows(config: CompareJob) -> None:
     check_nets(check_search(search), search)
 
 
+def stages_at_once(config: CompareJob) -> int:
+    """How many stages of a study are begun; what they compute waits for the cluster's CPUs and GPUs."""
+    return max(4, 2 * config.workers.num_workers)
+
+
 def compare(config: CompareJob) -> Outcome:
     """Run the study, or show the finished one. Rows that failed are listed in the report and make the job exit 1."""
     from raysyn.cluster.study_report import print_table, write_study
@@ -263,7 +268,7 @@ def compare(config: CompareJob) -> Outcome:
     with ray_session(config.ray, config.workers, at_once):
         if config.overwrite:
             stage.clear()
-        result: GraphResult = run_graph(study_nodes(config, rows), max_parallel=max(4, 2 * config.workers.num_workers))
+        result: GraphResult = run_graph(study_nodes(config, rows), stages_at_once(config))
         manifest = write_study(config, rows, result, stage.fingerprint)
     print_table(manifest["rows"])
     if result.failures:

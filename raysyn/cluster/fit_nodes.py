@@ -29,6 +29,7 @@ class CountNodes(ControllerCallback):
 
 
 def count_nodes() -> None:
+    """Have Ray Train's coordinator look at the cluster now; waits for `PATIENCE_SECONDS` at most."""
     import ray
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import numpy as np
 import torch
@@ -13,17 +14,25 @@ from raysyn.diffusion.precondition import Denoiser
 from raysyn.nets.codecs import Codec, LatentCodec
 from raysyn.pipeline import FittedModel, synthesize_images, to_u8
 from raysyn.report.grids import colour_map, spread_over_views
-from raysyn.types import FrameArrays
+from raysyn.types import FrameArrays, UserError
 
 NUM_PICTURES = 8
 
 
 def sample_grid(denoiser: Denoiser, codec: Codec, model: ModelConfig, frames: FrameArrays) -> np.ndarray:
-    """RGB uint8 [2H, nW, 3]: label maps of held-out frames, below them an image drawn for each, always of one seed."""
+    """RGB uint8 [2H, nW, 3]: label maps of held-out frames, below them an image drawn for each, always of one seed.
+
+    Black, with a warning, where the images are no finite numbers: a fit does not end for a picture.
+    """
     chosen = frames.take(spread_over_views(frames, NUM_PICTURES))
     # Not `.to(device)`: that lays the weights out for sampling, and steps from another layout round otherwise.
     fitted = FittedModel(denoiser, codec, model, chosen.image_u8.shape[1], "")
-    images = synthesize_images(fitted, chosen.label_map, chosen.view, list(range(len(chosen))), amp=model.fit.amp)
+    seeds = list(range(len(chosen)))
+    try:
+        images = synthesize_images(fitted, chosen.label_map, chosen.view, seeds, amp=model.fit.amp)
+    except UserError as error:
+        logging.getLogger("raysyn.fit").warning("no picture of the fit as it is now: %s", error)
+        images = np.zeros_like(chosen.label_map)
     return stacked([colour_map(chosen.label_map), images])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import statistics
 import tempfile
@@ -20,7 +21,7 @@ from raysyn.cluster.fit_build import Built, WorkerJob, build, compile_net
 from raysyn.cluster.fit_log import LOGGED, log_fitted
 from raysyn.cluster.fit_pictures import png, reconstruction_grid, sample_grid
 from raysyn.cluster.metrics_export import count
-from raysyn.cluster.session import in_foreground
+from raysyn.cluster.session import gpu_share, in_foreground
 from raysyn.config import to_dict
 from raysyn.data.storage import Storage
 from raysyn.diffusion.batching import keep_freed_memory
@@ -75,7 +76,8 @@ def _parallel(context: Any) -> Parallel:
         device = get_device()  # the CPU where workers.gpus_per_worker is 0, GPU or not
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    return parallel_of(context.get_world_rank(), context.get_world_size(), device)
+    parallel = parallel_of(context.get_world_rank(), context.get_world_size(), device)
+    return dataclasses.replace(parallel, gpu_share=gpu_share() or 1.0)
 
 
 def parallel_of(rank: int, size: int, device: torch.device) -> Parallel:
@@ -112,7 +114,7 @@ def _fit(job: WorkerJob, parallel: Parallel) -> dict[str, Any]:
     store = CheckpointStore(storage.join("checkpoints"), job.key, config.keep_checkpoints)
     outside = _Outside(job, built, parallel, storage)
     try:
-        with measured(parallel.device.type == "cuda") as cost:
+        with measured(parallel.gpu_share if parallel.num_gpus else 0) as cost:
             spent = time.perf_counter() - start[0], time.process_time() - start[1]
             finished = run(state, built.objective, config, store, parallel, outside.hooks(), spent)
         if not finished:

@@ -22,7 +22,6 @@ from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, lost_shards, open_stage, refuse_foreign
 from raysyn.config import DataConfig, JobConfig, fingerprint
-from raysyn.data.frame_sets import check_frames
 from raysyn.data.frames import frames_to_table, open_shard, table_to_bytes
 from raysyn.data.readers import Index, Patient, Reader, Skipped, open_reader
 from raysyn.data.schema import SCHEMA_VERSION
@@ -32,8 +31,6 @@ from raysyn.types import SPLITS, Frame, Outcome, UserError
 PREPARE_VERSION = 1  # of what decides the bytes of a shard
 PATIENTS_PER_SHARD = 32
 SKIPPED_KEY = b"raysyn_skipped"
-
-__all__ = ["check_frames", "frames_uri", "prepare", "prepare_fingerprint"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Exit codes: 0 done (or stopped by SIGTERM in a resumable state), 2 bad input, 1 
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 import threading
@@ -102,8 +101,7 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
         if user is not None:
             print(f"raysyn {job}: {user}", file=sys.stderr)
             return 2
-        if os.environ.get("RAYSYN_TRACEBACK", "1") != "0":
-            traceback.print_exc()
+        traceback.print_exc()
         print(
             f"raysyn {job}: failed ({type(error).__name__}); what is whole is kept, {again} resumes",
             file=sys.stderr,

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from raysyn.cluster.sampler_actor import SynthesisSpec
+from raysyn.cluster.session import gpu_share
 from raysyn.config import SamplerConfig
 from raysyn.data.storage import Storage
 from raysyn.metrics.cost import Cost, measured, on_gpu
@@ -33,6 +34,7 @@ class ModelSampler:
         self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
         self.sampler = SamplerConfig(**spec.settings["sampler"])
         self.config, self.decoding = spec.config, Cost()
+        self.cache_bytes = _cache_bytes(spec.config.modulation_cache_bytes)
         self.batch_size = spec.config.batch_size or self._fitting(Storage.at(spec.output))
         if spec.config.compile:
             self.model.fix_shapes(spec.config.amp)
@@ -73,9 +75,18 @@ class ModelSampler:
     def _draw(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int], sampler: SamplerConfig) -> np.ndarray:
         from raysyn.pipeline import decode_images, sample_latents
 
-        amp, budget = self.config.amp, self.config.modulation_cache_bytes
+        amp, budget = self.config.amp, self.cache_bytes
         x = sample_latents(self.model, label_map, view, seeds, sampler, amp=amp, modulation_cache_bytes=budget)
-        with measured(on_gpu()) as cost:
+        with measured(gpu_share()) as cost:
             images = decode_images(self.model, x, label_map)
         self.decoding += cost
         return images
+
+
+def _cache_bytes(wanted: int | None) -> float:
+    """The memory for modulations: what the config says, else 1 GiB, or a quarter of the GPU's."""
+    import torch
+
+    if wanted is not None:
+        return wanted
+    return torch.cuda.mem_get_info()[1] / 4 if on_gpu() else 1 << 30

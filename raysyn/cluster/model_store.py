@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from raysyn.config import ModelConfig
 from raysyn.data.storage import Storage
 
 
@@ -18,6 +21,28 @@ def local_copy(uri: str) -> str:
     folder = tempfile.mkdtemp(prefix="raysyn-model-")
     storage.download_tree(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """What a model folder says of itself, its weights being those that were written."""
+
+    config: ModelConfig
+    image_size: int
+    checkpoint_sha256: str
+
+
+def check_model(uri: str) -> CheckedModel:
+    """A model folder, checked without loading it: a study's sets are planned side by side, on one head.
+
+    Raises UserError for a missing, foreign or damaged one.
+    """
+    from raysyn.pipeline import check_model_dir, check_saved_nets
+
+    folder = Path(local_copy(uri))
+    checked = CheckedModel(*check_model_dir(folder))
+    check_saved_nets(folder, checked.config, checked.image_size)
+    return checked
 
 
 def open_model(uri: str) -> Any:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from raysyn.cluster.board import reporter
 from raysyn.cluster.metrics_export import count_if_replaced, count_shard
+from raysyn.cluster.session import gpu_share
 from raysyn.config import SynthesizeConfig
 from raysyn.data.frames import frames_to_table, table_to_bytes
 from raysyn.data.masks import MaskFrames, warp_label_map
@@ -42,7 +43,8 @@ class SynthesisSpec:
     """All that a worker needs. `sampler` is a factory "module:function" called with this spec, on the worker.
 
     `settings` (checkpoint, sampler, amp, warp) enters every frame_id and each shard's metadata; `model` and
-    `num_function_evals` fill the provenance columns. `fitted_on` are the patients that the model names.
+    `num_function_evals` fill the provenance columns. `fitted_on` are the patients that the model names,
+    `segmenter_fitted_on` those of the segmenter that judges.
     """
 
     plan: RequestPlan
@@ -60,6 +62,7 @@ class SynthesisSpec:
     key: str
     sampler: str = "raysyn.cluster.model_sampler:ModelSampler"
     fitted_on: tuple[str, ...] = ()
+    segmenter_fitted_on: tuple[str, ...] = ()
 
 
 def _load(path: str) -> Any:
@@ -104,7 +107,7 @@ class ShardWriter:
         self.rejected, self.rejected_decoding, decoded = Cost(), Cost(), self._decoding()
         batches = list(self.spec.plan.batches(shard, getattr(self.sampler, "batch_size", 0)))
         # Warping of the next batch's maps and PNG encoding of the last one's images run beside the sampling.
-        with measured(on_gpu()) as cost, ThreadPoolExecutor(2) as pool:
+        with measured(gpu_share()) as cost, ThreadPoolExecutor(2) as pool:
             ready = pool.submit(self.conditions, shard.split, batches[0])
             for i, batch in enumerate(batches):
                 maps, view = ready.result()
@@ -166,7 +169,7 @@ class ShardWriter:
                     break
                 again = [batch[i].retry(attempt) for i in todo]
                 decoded = self._decoding()
-                with measured(on_gpu()) as cost:
+                with measured(gpu_share()) as cost:
                     fresh = self.sampler(maps[todo], view[todo], again)
                     fresh_scores = self.faithfulness(fresh, maps[todo])
                 self.rejected += cost  # an image is drawn anew for each that is thrown away

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 
 from raysyn.config import RayConfig, WorkersConfig
+from raysyn.metrics.cost import on_gpu
 from raysyn.types import Resumable, UserError
 
 QUIET = {
@@ -186,3 +187,13 @@ def ray_session(config: RayConfig, workers: WorkersConfig | None = None, at_once
     finally:
         if started:
             ray.shutdown()
+
+
+def gpu_share() -> float:
+    """What this process holds of the GPU that it computes on: 0 without one; less than 1 where Ray lets several share it."""
+    if not on_gpu():
+        return 0.0
+    import ray
+
+    held = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0) if ray.is_initialized() else 1.0
+    return min(1.0, float(held))

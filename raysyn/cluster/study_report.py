@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raysyn.cluster.curves import curves_of
 from raysyn.cluster.graph import GraphResult
 from raysyn.config import CompareJob, to_dict
@@ -52,15 +54,25 @@ def _identity(config: CompareJob, row: Any) -> dict[str, Any]:
 
 
 def _task_scores(config: CompareJob, key: str, task: str, result: GraphResult) -> dict[str, Any] | None:
-    """Scores of a row's task, their mean over seeds; None when a run is missing, and for a score that one has not."""
+    """Scores of a row's task, their mean over seeds; None when a run is missing, and for a score that one has not.
+
+    Of several seeds the table's own scores have their sd too, as `<score>_seed_sd`; a mean's interval is that of the mean
+    bounds, over patients: the seeds' sd is not in it.
+    """
     runs = [result.results.get(f"{task} {key} seed {seed}") for seed in range(config.num_task_seeds)]
     if any(run is None for run in runs):
         return None
     all_scores = [run.manifest["scores"] for run in runs if run is not None]
     of = {k: [s[k] for s in all_scores] for k in all_scores[0]}
     means = {k: None if None in values else sum(values) / len(values) for k, values in of.items()}
+    spread = {f"{k}_seed_sd": _sd(values) for k, values in of.items() if k in COLUMNS and len(values) > 1}
     seconds = sum(run.manifest["cpu_seconds"] for run in runs if run is not None)
-    return {**means, f"cost/{task}_cpu_seconds": seconds}
+    return {**means, **spread, f"cost/{task}_cpu_seconds": seconds}
+
+
+def _sd(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.std(known, ddof=1)) if len(known) == len(values) else None
 
 
 def _named(scores: dict[str, Any], realism: Outcome) -> dict[str, Any]:
@@ -89,7 +101,7 @@ def _cost(config: CompareJob, row: Any, result: GraphResult) -> dict[str, Any]:
     stages = {"fit": _fit_cost(fitted, net["gflops_per_evaluation"])}
     if autoencoder is not None:
         stages["autoencoder"] = _fit_cost(autoencoder, net["gflops_encode"] + net["gflops_decode"])
-    stages |= sampling_costs(made, net, cached=config.synthesize.modulation_cache_bytes > 0)
+    stages |= sampling_costs(made, net, cached=config.synthesize.modulation_cache_bytes != 0)
     return {
         "num_function_evals": made["num_function_evals"],
         "seconds_per_image": made["seconds_per_image"],
@@ -162,6 +174,7 @@ def write_study(config: CompareJob, rows: list[Any], result: GraphResult, finger
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(storage.path) / "report" if storage.is_local else Path(scratch) / "report"
         info = {"study": fingerprint, "data": config.data.name, "image size": config.data.image_size}
+        info |= how_measured(config, rows, table, result)
         write_report(
             folder,
             table,
@@ -180,6 +193,32 @@ def write_study(config: CompareJob, rows: list[Any], result: GraphResult, finger
             config.tracking, storage.uri, table, fingerprint=fingerprint, params=to_dict(config), report_folder=folder
         )
     return {"rows": table, "failures": result.failures, "report": storage.join("report").uri, "not_logged": lost}
+
+
+def how_measured(
+    config: CompareJob, rows: list[Any], table: list[dict[str, Any]], result: GraphResult
+) -> dict[str, str]:
+    """What a reader must know to compare rows fairly, for the page's last section."""
+    found = {"seconds": "were taken while other stages ran beside; evaluations and FLOPs do not depend on that"}
+    if (tuned := result.results.get("tune segmentation")) is not None:
+        first = next((r.key for r in rows if r.kind == "synthetic"), "the real set")
+        best = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in _best(tuned).items())
+        found["segmentation's set-up"] = (
+            f"{best}: the best of {tuned.manifest['num_trials']} trials on {first}, by validation frames; every synthetic "
+            "set, control and curve has it, the ceiling has the configured one"
+        )
+    if (n := config.num_task_seeds) > 1:
+        found["trainings"] = f"a score is the mean of {n}; their sd is its _seed_sd, beside and not in the interval"
+    counts = {(row["trained_on"], row.get("realism/num_frames")): None for row in table}
+    if len({n for _, n in counts}) > 1:
+        sizes = ", ".join(f"{source} {n}" for source, n in counts)
+        found["Fréchet distances"] = f"fall with the number of frames, so compare equal ones ({sizes}) or the baselines"
+    return found
+
+
+def _best(tuned: Outcome) -> dict[str, Any]:
+    threshold = tuned.manifest["best_min_faithfulness"]
+    return tuned.manifest["best_task"] | ({"min_faithfulness": threshold} if threshold else {})
 
 
 def _trials(result: GraphResult) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def synthesize(config: SynthesizeJob) -> Outcome:
 
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     check_gate(config.synthesize)
-    model = check_model(config, find_model(config))
+    model = model_facts(config, find_model(config))
     with ray_session(config.ray, config.workers):
         prepared = prepare(_as(PrepareJob, config))
         spec = make_spec(config, model, frames_uri(prepared), prepared.fingerprint)
@@ -123,23 +123,25 @@ class ModelFacts:
     segmenter_sha256: str
 
 
-def check_model(config: SynthesizeJob, model_dir: str) -> ModelFacts:
-    """The model read once, so that one that is bad, or not for this config, is refused before frames are made for it."""
-    from raysyn.cluster.model_store import open_model
+def model_facts(config: SynthesizeJob, model_dir: str) -> ModelFacts:
+    """One that is bad, or not for this config, is refused here, before Ray and before frames are made for it."""
+    from raysyn.cluster.model_store import check_model
     from raysyn.diffusion.generate import num_network_evals
+    from raysyn.diffusion.precondition import PRECONDITIONINGS
     from raysyn.pipeline import guidance_doubt
 
-    model, sampler = open_model(model_dir), config.model.sampler
+    model, sampler = check_model(model_dir), config.model.sampler
     if model.image_size != config.data.image_size:
         raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
     if doubt := guidance_doubt(model.config, sampler):
         print(f"synthesize: {doubt}", file=sys.stderr, flush=True)
+    precondition = PRECONDITIONINGS[model.config.precondition]()
     return ModelFacts(
         folder=model_dir,
         name=model.config.name,
         fingerprint=fingerprint(model.config),
         checkpoint_sha256=model.checkpoint_sha256,
-        num_function_evals=num_network_evals(sampler, model.denoiser.precondition),  # refuses a grid that cannot be
+        num_function_evals=num_network_evals(sampler, precondition),  # refuses a grid that cannot be
         fitted_on=tuple(Storage.at(model_dir).read_json("model.json").get("patients", [])),
         segmenter_sha256=_segmenter_sha256(config.synthesize),
     )
@@ -182,6 +184,7 @@ def make_spec(config: SynthesizeJob, model: ModelFacts, frames: str, frames_fing
         threads=config.workers.threads_per_worker,
         key=f"synthesize {model.name} {sampler.solver} {sampler.num_steps}",
         fitted_on=model.fitted_on,
+        segmenter_fitted_on=segmenter_patients(synthesis),
     )
 
 
@@ -193,6 +196,13 @@ def _segmenter_sha256(config: SynthesizeConfig) -> str:
     from raysyn.tasks.fitting import task_sha256
 
     return task_sha256(local_copy(config.segmenter_dir))
+
+
+def segmenter_patients(config: SynthesizeConfig) -> tuple[str, ...]:
+    """Patients that the segmenter which judges was fitted on, as far as it names them."""
+    if not config.segmenter_dir:
+        return ()
+    return tuple(Storage.at(config.segmenter_dir).read_json("task.json").get("patients", []))
 
 
 def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> None:
@@ -281,6 +291,7 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "model": spec.model,
         "model_dir": spec.model_dir,
         "fitted_on": list(spec.fitted_on),
+        "segmenter_fitted_on": list(spec.segmenter_fitted_on),
         **spec.settings,
         "num_frames": images,
         "num_attempts": attempts,

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from raysyn.cluster.board import reporter
+from raysyn.cluster.session import gpu_share
 from raysyn.cluster.stage import StageDir, below_storage, open_stage, read_manifest
 from raysyn.config import JobConfig, TaskConfig, fingerprint
 from raysyn.data.frames import frame_files, read_arrays, read_light
 from raysyn.data.storage import Storage
-from raysyn.types import SPLITS, FrameArrays, Outcome, UserError
+from raysyn.types import SPLITS, VIEWS, FrameArrays, Outcome, UserError
 
-TASK_VERSION = "task 5"  # goes up when a manifest gains a number, so that older ones are made again
+TASK_VERSION = "task 6"  # goes up when a manifest gains a number, so that older ones are made again
 REALISM_VERSION = "realism 5"
 
 
@@ -48,12 +49,13 @@ def patients_of(uri: str, splits: tuple[str, ...]) -> set[str]:
 
 
 def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
-    """Raises UserError when the models behind synthetic sets (diffusion model, its autoencoder) were fitted on test patients.
+    """Raises UserError when what is behind synthetic sets was fitted on test patients: a model, its autoencoder, a judge.
 
-    The way back is by manifests: the set's names its model's folder (and whom that was fitted on, which holds wherever
-    the set is taken), that stage's names the frames it was fitted on and its autoencoder; a model folder names its
-    patients itself. Where a set is not of our making the way ends, and its own patients are all there is. A model that
-    is neither found nor known by its set's manifest is refused as well.
+    The judge is the segmenter that chose a set's images (synthesize.segmenter_dir), as far as it names its patients. The
+    way back is by manifests: the set's names its model's folder and whom that was fitted on, which holds wherever the set
+    is taken; that stage's names its frames and its autoencoder; a model folder names its patients itself. Where a set is
+    not of our making the way ends, and its own patients are all there is. A model that is neither found nor known by its
+    set's manifest is refused as well.
     """
     tested = set(test.patient_id)
     todo = [("", _with_manifest(Storage.at(uri))) for uri in train_sets]
@@ -66,6 +68,7 @@ def refuse_lineage(train_sets: list[str], test: FrameArrays) -> None:
         manifest = read_manifest(storage)
         known = not what and manifest.get("fitted_on")
         _refuse_fitted("model", storage.uri, tested & set(known or ()))
+        _refuse_fitted("set's segmenter", storage.uri, tested & set(manifest.get("segmenter_fitted_on") or ()))
         for key, kind in (("model_dir", "model"), ("autoencoder", "autoencoder")):
             if not manifest.get(key) or (what and key == "model_dir"):
                 continue
@@ -104,28 +107,36 @@ def _refuse_fitted(what: str, uri: str, patients: set[str]) -> None:
 
 
 def load_sets(
-    train_sets: list[str], real: str, task: TaskConfig, *, min_faithfulness: float = 0.0
+    train_sets: list[str],
+    real: str,
+    task: TaskConfig,
+    *,
+    min_faithfulness: float = 0.0,
+    validation_sets: Sequence[str] = (),
 ) -> dict[str, FrameArrays]:
     """{train, validation, test} and, where the task mixes them in, {real}: patients checked against the test's.
 
-    Synthetic frames of a known faithfulness below `min_faithfulness` are left out. Raises UserError for an empty set, a
-    leak, or images of several sizes.
+    Training frames of a known faithfulness below `min_faithfulness` are left out; validation keeps all of its own, so that
+    scores at several thresholds compare. It is on `real`, or on `validation_sets` (those of `train_sets` by default), as
+    the task says. Raises UserError for an empty set, a leak, or images of several sizes.
     """
     test = read_arrays(real, "test")
     if len(test) == 0:
         raise UserError(f"{real}: no test frames; a task is tested on real frames of patients that no model saw")
+    if task.kind == "classification" and len(set(test.view)) < len(VIEWS):
+        raise UserError(f"{real}: test frames are all of one view; view classification needs at least 1 frame of each")
 
-    def read(uris: list[str], split: str, threshold: float = min_faithfulness) -> FrameArrays:
+    def read(uris: Sequence[str], split: str, threshold: float = 0.0) -> FrameArrays:
         parts = [_faithful(uri, split, threshold) for uri in uris]
         for uri, part in zip(uris, parts):
             refuse_leak(uri, part, test)
         return FrameArrays.concatenate(parts)
 
-    validated = [real] if task.validate_on == "real" else train_sets
-    sets = {"train": read(train_sets, "train"), "validation": read(validated, "validation")}
+    validated = [real] if task.validate_on == "real" else validation_sets or train_sets
+    sets = {"train": read(train_sets, "train", min_faithfulness), "validation": read(validated, "validation")}
     if task.real_fraction > 0:
-        sets["real"] = read([real], "train", 0.0)
-    refuse_lineage(train_sets, test)
+        sets["real"] = read([real], "train")
+    refuse_lineage([*train_sets, *validation_sets], test)
     sizes = sorted({some.image_u8.shape[1:] for some in (*sets.values(), test)})
     if len(sizes) > 1:
         raise UserError(f"{train_sets[0]}: frames of sizes {sizes} beside those of {real}; prepare them at one size")
@@ -167,7 +178,7 @@ def run_task(
     done = stage.outcome()
     if done is not None:
         return done
-    from raysyn.metrics.cost import measured, on_gpu
+    from raysyn.metrics.cost import measured
     from raysyn.tasks.classification import evaluate_classification, train_classification
     from raysyn.tasks.segmentation import evaluate_segmentation, train_segmentation
 
@@ -187,11 +198,11 @@ def run_task(
         if task.kind == "segmentation"
         else (train_classification, evaluate_classification)
     )
-    with measured(on_gpu()) as cost:
+    with measured(gpu_share()) as cost:
         fitted = train(sets["train"], sets["validation"], task, real=sets.get("real"), report=progress)
         scores = evaluate(fitted, sets["test"])
     with tempfile.TemporaryDirectory() as scratch:
-        fitted.save(scratch)
+        fitted.save(scratch, [p for split, frames in sets.items() if split != "test" for p in frames.patient_id])
         stage.storage.upload_tree(scratch, "model")
     return stage.finish(
         {

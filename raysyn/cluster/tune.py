@@ -37,7 +37,7 @@ def tune(config: TuneJob) -> Outcome:
     sets = [Storage.at(uri).uri for uri in config.train_sets] or [real]
     check_sets([uri for uri in sets if uri != real])
     trained = [frames if uri == real else set_fingerprint(uri) for uri in sets]
-    key = fingerprint("tune", config.task, config.search, space, trained, frames)
+    key = fingerprint("tune 2", config.task, config.search, space, trained, frames)
     stage = open_stage(config.storage, "tune", key)
     if not config.overwrite and (done := stage.outcome()) is not None:
         return done

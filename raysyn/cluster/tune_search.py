@@ -27,9 +27,12 @@ SNAPSHOT_SECONDS = "1"  # Ray Tune's own state is written this often: what a kil
 
 
 def trial_sets(job: dict[str, Any], task: TaskConfig, params: dict[str, Any]) -> dict[str, FrameArrays]:
-    """The frames of one trial: its set, its threshold of faithfulness."""
-    threshold = float(params.get(MIN_FAITHFULNESS, 0.0))
-    return load_sets([job["sets"][int(params.get(TRAIN_SET, 0))]], job["real"], task, min_faithfulness=threshold)
+    """The frames of one trial: its set, its threshold of faithfulness; validated on every set's frames, as all trials are.
+
+    On a set's own frames alone the set that is easiest to read would win, whatever a network learns from it.
+    """
+    threshold, chosen = float(params.get(MIN_FAITHFULNESS, 0.0)), job["sets"][int(params.get(TRAIN_SET, 0))]
+    return load_sets([chosen], job["real"], task, min_faithfulness=threshold, validation_sets=job["sets"])
 
 
 def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:

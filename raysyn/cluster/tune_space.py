@@ -44,6 +44,8 @@ def check_space(space: dict[str, Any], config: TuneJob) -> dict[str, Any]:
             raise UserError(f"search.space.{key}: not a key of the task; its keys are {', '.join(sorted(known))}")
         if domain is None:
             continue
+        if key == "validate_on":
+            raise UserError(f"search.space.{key}: trials scored on different frames do not compare; set task.{key}")
         _check_domain(key, domain)
         values = domain.get("choices") or [domain["low"], domain["high"]]
         for value in values:

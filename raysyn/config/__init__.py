@@ -1,7 +1,8 @@
 """Typed configuration. Defaults are the paper's; `configs/` holds presets. Values are checked before any work starts.
 
 Each job has one dataclass. What decides a result is in `data`, `model`, `task`, `synthesize` and the like and enters
-the fingerprints; where and how it runs (`storage`, `ray`, `workers`, `tracking`, `cost`) does not.
+the fingerprints; where and how it runs (`storage`, `ray`, `workers`, `tracking`) does not, `cost` only the study's, whose
+table has money in it.
 """
 
 from raysyn.config.data import DataConfig, SynthesizeConfig, WarpConfig

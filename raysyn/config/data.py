@@ -57,6 +57,7 @@ class SynthesizeConfig:
 
     `batch_size` 0 is as many as the device holds, which each worker finds out by a probe (32 on a CPU). `compile` makes
     each worker compile the net for the batch's shape first: minutes on a GPU, then less time an image.
+    `modulation_cache_bytes` null is 1 GiB on a CPU and a quarter of a GPU's memory.
     """
 
     mask_splits: list[str] = field(default_factory=lambda: ["train", "validation"])
@@ -67,7 +68,7 @@ class SynthesizeConfig:
     shard_size: int = 256
     amp: str = "none"
     compile: bool = False
-    modulation_cache_bytes: int = 1 << 30
+    modulation_cache_bytes: int | None = None
     min_faithfulness: float = 0.0
     max_attempts: int = 3
     segmenter_dir: str = ""

@@ -57,7 +57,11 @@ class SynthesizeJob(JobConfig):
 
 @dataclass
 class TuneJob(JobConfig):
-    """`jobs/tune.py`: search one task on one or more frame sets (folders of frames; the first is the default set)."""
+    """`jobs/tune.py`: search one task on one or more frame sets (folders of frames; the first is the default set).
+
+    Trials are scored on the same frames, whichever set they train on: on the validation frames of all `train_sets`
+    together, or with task.validate_on real on those of `data`.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -169,7 +169,8 @@ class SamplerConfig:
         within(self, num_steps=(1, 10_000), sigma_min=(1e-6, INF), sigma_max=(1e-3, INF), rho=(0.1, 100))
         within(self, s_churn=(0, INF), s_min=(0, INF), s_max=(0, INF), s_noise=(0, 100), guidance_scale=(0, 100))
         within(self, guidance_sigma_min=(0, INF), guidance_sigma_max=(0, INF))
-        rising(self, "sigma_min", "sigma_max")
+        for name in ("sigma", "s", "guidance_sigma"):
+            rising(self, f"{name}_min", f"{name}_max")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where and how a job runs. Nothing of it changes a result or enters a fingerprint."""
+"""Where and how a job runs. Nothing of it changes a result; of it only `cost` enters a fingerprint, the study's."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ from raysyn.data.pictures import NUM_CAMUS_LABELS, BadPicture, as_grey, as_label
 from raysyn.data.readers import (
     PATIENT,
     Digest,
+    FolderReader,
     FrameFiles,
     Index,
     Patient,
     Problems,
-    Skipped,
     folder_names,
     is_folder,
     make_frame,
@@ -50,18 +50,10 @@ NO_TEST = (
 
 
 @dataclass(frozen=True)
-class CamusReader:
-    """CAMUS below `root`, frames at `image_size` squared (squashed, as published; the spacing follows each axis)."""
+class CamusReader(FolderReader):
+    """CAMUS below `root`: 2CH and 4CH at ED and ES of each patient, squashed, as published; the spacing follows each axis."""
 
-    root: str
-    image_size: int
-    on_bad_frame: str = "raise"
     name: str = "camus"
-
-    @property
-    def writes_before_checked(self) -> bool:
-        """Only where bad frames are skipped; under `raise` a bad one means that nothing is written."""
-        return self.on_bad_frame == "skip"
 
     def index(self) -> Index:
         """Patients in the order of their names. Raises UserError when `root` is neither release, or a file is bad."""
@@ -74,15 +66,9 @@ class CamusReader:
             f"data.root: {root} holds neither database_nifti/ nor training/; give the folder that holds one"
         )
 
-    def read(self, patient: Patient) -> tuple[list[Frame], list[Skipped]]:
-        """The frames (2CH and 4CH at ED and ES) of one patient, and what was left out."""
-        problems, frames = Problems(self.on_bad_frame), []
-        for files in patient.files:
-            try:
-                frames.append(read_frame(files, patient, self.image_size))
-            except BadPicture as bad:
-                problems.add(bad.file, bad.reason)
-        return frames, problems.skipped
+    def frame(self, files: FrameFiles, patient: Patient) -> Frame:
+        """One frame. Raises BadPicture."""
+        return read_frame(files, patient, self.image_size)
 
     def facts(self, patient: Patient) -> dict[str, Any]:
         """`ejection_fraction` (percent) and, by view, `image_quality` from Info_*.cfg, as far as they are there."""

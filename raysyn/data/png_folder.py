@@ -18,11 +18,11 @@ import numpy as np
 from raysyn.data.pictures import NUM_CAMUS_LABELS, BadPicture, as_grey, as_labels, check_readable, sector_mask
 from raysyn.data.readers import (
     Digest,
+    FolderReader,
     FrameFiles,
     Index,
     Patient,
     Problems,
-    Skipped,
     folder_names,
     is_folder,
     make_frame,
@@ -41,33 +41,19 @@ NAME = re.compile(
 
 
 @dataclass(frozen=True)
-class PngFolderReader:
-    """PNG pictures and labels below `root`, frames at `image_size` squared. Spacing is unknown in this layout."""
+class PngFolderReader(FolderReader):
+    """PNG pictures and labels below `root`. Spacing is unknown in this layout."""
 
-    root: str
-    image_size: int
-    on_bad_frame: str = "raise"
     source: str = "real"
     name: str = "png_folder"
-
-    @property
-    def writes_before_checked(self) -> bool:
-        """Only where bad frames are skipped; under `raise` a bad one means that nothing is written."""
-        return self.on_bad_frame == "skip"
 
     def index(self) -> Index:
         """Patients in the order of their names. Raises UserError when the layout is another, or a file is bad."""
         return _index(Path(self.root), self.on_bad_frame)
 
-    def read(self, patient: Patient) -> tuple[list[Frame], list[Skipped]]:
-        """The frames of one patient, and what was left out."""
-        problems, frames = Problems(self.on_bad_frame), []
-        for files in patient.files:
-            try:
-                frames.append(replace(read_frame(files, patient, self.image_size), source=self.source))
-            except BadPicture as bad:
-                problems.add(bad.file, bad.reason)
-        return frames, problems.skipped
+    def frame(self, files: FrameFiles, patient: Patient) -> Frame:
+        """One frame. Raises BadPicture."""
+        return replace(read_frame(files, patient, self.image_size), source=self.source)
 
     def facts(self, patient: Patient) -> dict[str, Any]:
         """Nothing: the layout carries no records."""

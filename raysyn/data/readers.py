@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,34 @@ class Reader(Protocol):
 
     def facts(self, patient: Patient) -> dict[str, Any]:
         """What the source says about a patient, for the manifest."""
+
+
+@dataclass(frozen=True)
+class FolderReader(ABC):
+    """What readers of files below `root` share; frames are `image_size` squared."""
+
+    root: str
+    image_size: int
+    on_bad_frame: str = "raise"
+
+    @property
+    def writes_before_checked(self) -> bool:
+        """Only where bad frames are skipped; under `raise` a bad one means that nothing is written."""
+        return self.on_bad_frame == "skip"
+
+    def read(self, patient: Patient) -> tuple[list[Frame], list[Skipped]]:
+        """The frames of one patient, and what was left out."""
+        problems, frames = Problems(self.on_bad_frame), []
+        for files in patient.files:
+            try:
+                frames.append(self.frame(files, patient))
+            except BadPicture as bad:
+                problems.add(bad.file, bad.reason)
+        return frames, problems.skipped
+
+    @abstractmethod
+    def frame(self, files: FrameFiles, patient: Patient) -> Frame:
+        """One frame. Raises BadPicture."""
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from raysyn.data.local_files import TEMPORARY, write_whole
 from raysyn.data.object_store import open_s3, retried
 from raysyn.data.storage_faults import check_path, check_place, clear_errors
 from raysyn.types import UserError
 
 Names = list[str]  # inside the class `list` is the method
-TEMPORARY = ".tmp-"  # starts the name of a file that is still being written
 ONE_PUT = 10 << 20  # what pyarrow sends in one request
 
 
@@ -167,7 +167,7 @@ class Storage:
         """
         with clear_errors("writing", self.locate(name)):
             if self.is_local:
-                _write_local(Path(self._at(name)), data)
+                write_whole(Path(self._at(name)), data)
                 return
             if len(data) <= ONE_PUT:
                 self._put(name, data)
@@ -250,36 +250,6 @@ def json_values(value: Any, spelled: Callable[[float], Any] = lambda number: Non
 
 def _is_temporary(name: str) -> bool:
     return name.rpartition("/")[2].startswith(TEMPORARY)
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    try:
-        _replace_local(path, data)
-    except FileNotFoundError:  # another run of the same work, finishing, took the temporary file for a dead writer's
-        _replace_local(path, data)
-
-
-def _replace_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"
-    try:
-        with open(temporary, "xb") as file:
-            _write_and_sync(file, data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself survives a power cut
-    finally:
-        os.close(folder)
-
-
-def _write_and_sync(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @functools.cache

@@ -10,6 +10,14 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+# What a full device is called by a graph's launch, cuBLAS, cuDNN and the CPU, none of which raises OutOfMemoryError.
+FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that the device's memory is full."""
+    named = isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    return named or isinstance(error, torch.OutOfMemoryError)
 
 
 def probe_batch(attempt: Callable[[int], object], *, start: int = 8, limit: int = 1024) -> int:
@@ -22,8 +30,9 @@ def probe_batch(attempt: Callable[[int], object], *, start: int = 8, limit: int 
         try:
             attempt(batch)
             return True
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         free_memory()  # outside the except clause: the traceback holds the tensors that filled the device
         return False
 
@@ -42,17 +51,17 @@ def probe_batch(attempt: Callable[[int], object], *, start: int = 8, limit: int 
 def in_halves(work: Callable[[slice], T], count: int) -> list[T]:
     """`work` over slices of range(count) in order: the whole, or halves of what does not fit the device, with a warning.
 
-    Raises torch.OutOfMemoryError when not even one fits.
+    Raises what the device says (torch.OutOfMemoryError, or a RuntimeError of its libraries) when not even one fits.
     """
 
     def run(part: slice) -> list[T]:
         try:
             return [work(part)]
-        except torch.OutOfMemoryError:
-            if part.stop - part.start == 1:
+        except RuntimeError as error:
+            if part.stop - part.start == 1 or not is_out_of_memory(error):
                 raise
         logging.getLogger("raysyn").warning(
-            "a batch of %d does not fit the GPU; drawing it in halves", part.stop - part.start
+            "a batch of %d does not fit the device; drawing it in halves", part.stop - part.start
         )
         free_memory()
         middle = (part.start + part.stop) // 2

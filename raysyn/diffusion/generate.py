@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -70,7 +71,10 @@ def generate(
 
 def _guides(sampler: SamplerConfig, sigma: Tensor) -> bool:
     """Whether guidance applies at this noise level (the interval: arXiv:2404.07724)."""
-    return sampler.guidance_scale != 1.0 and sampler.guidance_sigma_min <= float(sigma) <= sampler.guidance_sigma_max
+    low, high = sampler.guidance_sigma_min, sampler.guidance_sigma_max
+    if sampler.guidance_scale == 1.0 or (low, high) == (0.0, math.inf):
+        return sampler.guidance_scale != 1.0  # without reading σ, for which the CPU would wait for the GPU
+    return low <= float(sigma) <= high
 
 
 def _conditional(denoiser: Denoiser, one_hot: Tensor, cache_bytes: float) -> Callable[[Tensor, Tensor], Any]:

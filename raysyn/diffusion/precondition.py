@@ -172,11 +172,11 @@ class Denoiser(nn.Module):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
         c_skip, c_out, c_in, c_noise = self.precondition.coefficients(sigma)
         column = (-1, *[1] * (x.dim() - 1))
-        work = x.float()
+        work, one_hot = x.float(), None if one_hot is None else one_hot.float()
         out = self.net((c_in.reshape(column) * work), c_noise.float(), one_hot, modulations=modulations).float()
         f, v = out.chunk(2, dim=1) if out.shape[1] == 2 * x.shape[1] else (out, None)
         return (c_skip.reshape(column) * work + c_out.reshape(column) * f).to(x.dtype), v
 
     def modulations(self, one_hot: Tensor, budget_bytes: float | None = None) -> Any:
         """What depends on the maps alone, computed once for all noise levels: pass it to `forward`."""
-        return self.net.modulations(one_hot, budget_bytes)  # type: ignore[operator]
+        return self.net.modulations(one_hot.float(), budget_bytes)  # type: ignore[operator]

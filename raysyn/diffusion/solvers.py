@@ -27,7 +27,7 @@ def _levels(sigmas: Tensor) -> list[tuple[float, float]]:
 
 
 def _at(x: Tensor, sigma: float) -> Tensor:
-    return torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    return torch.full((), sigma, dtype=x.dtype, device=x.device)  # a copy from the CPU would wait for the GPU
 
 
 def solve_euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ def solve_ddpm(denoise: Callable, x: Tensor, sigmas: Tensor, *, noise: Noise = t
         x = ratio * x + (1 - ratio) * denoised
         if lower > 0:
             small, large = ddpm_log_variances(sigma, lower)
-            log_variance = small if v is None else small + (v.to(x.dtype) + 1) / 2 * (large - small)
-            x = x + torch.as_tensor(0.5 * log_variance, dtype=x.dtype, device=x.device).exp() * noise(x)
+            log_variance = _at(x, small) if v is None else small + (v.to(x.dtype) + 1) / 2 * (large - small)
+            x = x + (0.5 * log_variance).exp() * noise(x)
     return x
 
 

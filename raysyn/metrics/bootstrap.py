@@ -10,12 +10,15 @@ import numpy as np
 def patient_interval(
     values: np.ndarray, patients: Sequence[str], *, num_draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` [N] (NaN left out) when patients are drawn with replacement."""
+    """Percentile interval of the mean of `values` [N] (NaN left out) when patients are drawn with replacement.
+
+    NaN where fewer than two patients have a value: of one nobody can tell how patients differ.
+    """
     names, owner = np.unique(np.asarray(patients), return_inverse=True)
     finite = np.isfinite(values)
     sums = np.bincount(owner[finite], weights=values[finite], minlength=len(names))
     counts = np.bincount(owner[finite], minlength=len(names))
-    if counts.sum() == 0:
+    if (counts > 0).sum() < 2:
         return float("nan"), float("nan")
     draws = np.random.default_rng(seed).integers(0, len(names), (num_draws, len(names)))
     total = counts[draws].sum(1)
@@ -32,8 +35,13 @@ def patient_interval_of(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Like `patient_interval` for any `statistic(frame numbers int64 [M])`; draws where it is NaN are left out."""
+    """Like `patient_interval` for any `statistic(frame numbers int64 [M])`; draws where it is NaN are left out.
+
+    NaN for fewer than two patients.
+    """
     names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    if len(names) < 2:
+        return float("nan"), float("nan")
     frames_of = [np.flatnonzero(owner == i) for i in range(len(names))]
     rng = np.random.default_rng(seed)
     values = []
@@ -45,6 +53,14 @@ def patient_interval_of(
         return float("nan"), float("nan")
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def lowest_share(num_patients: int, level: float = 0.95) -> float:
+    """Lower end of the exact interval (Clopper-Pearson) for a share of patients that all of `num_patients` are in.
+
+    Resampling what does not vary would give an interval of no width.
+    """
+    return float(((1 - level) / 2) ** (1 / num_patients))
 
 
 def subset_protocol(

@@ -19,7 +19,10 @@ def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def calibration_error(scores: np.ndarray, truth: np.ndarray, num_bins: int = 10) -> float:
-    """Expected calibration error: mean over bins of confidence of |accuracy − confidence|, weighted by their share."""
+    """Expected calibration error: mean over bins of confidence of |accuracy − confidence|, weighted by their share.
+
+    Biased upwards where bins hold few frames, and more so in a bootstrap: even of honest scores its interval leaves 0 out.
+    """
     predicted = scores > 0.5
     confidence = np.where(predicted, scores, 1 - scores)
     right = predicted == np.asarray(truth, dtype=bool)

@@ -18,8 +18,8 @@ SECONDS_PER_HOUR = 3600.0
 class Cost:
     """Of one stage, or of several by `+`: amounts add, peaks take the larger.
 
-    `gpu_seconds` are seconds during which a GPU was held. `energy_joules` is the GPU's as NVML tells it, None where it
-    does not; a sum with an unknown part is unknown.
+    `gpu_seconds` are seconds during which a GPU was held, one held by a share counts by it. `energy_joules` is the GPU's
+    as NVML tells it, by the share too, None where it does not; a sum with an unknown part is unknown.
     """
 
     wall_seconds: float = 0.0
@@ -73,10 +73,11 @@ def cost_columns(stages: Mapping[str, Cost], usd_per_cpu_hour: float, usd_per_gp
 
 
 @contextlib.contextmanager
-def measured(on_gpu: bool = False) -> Iterator[Cost]:
+def measured(on_gpu: float = 0) -> Iterator[Cost]:
     """Measure the block: this process's CPU time, its peak memory so far, and with `on_gpu` GPU time, memory, energy.
 
-    The Cost that it gives is filled when the block ends, also by an exception. CUDA work is waited for at the end.
+    `on_gpu` is the share of a GPU that is held: of two processes on one each has half of its time and energy. The Cost
+    that it gives is filled when the block ends, also by an exception. CUDA work is waited for at the end.
     """
     cost = Cost()
     if on_gpu:
@@ -89,10 +90,10 @@ def measured(on_gpu: bool = False) -> Iterator[Cost]:
         if on_gpu:
             cost.peak_gpu_memory_mb = _wait_for_gpu()
         cost.wall_seconds, cost.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        cost.gpu_seconds = cost.wall_seconds if on_gpu else 0.0
+        cost.gpu_seconds = cost.wall_seconds * on_gpu
         cost.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         now = gpu_energy_joules() if energy is not None else None
-        cost.energy_joules = now - energy if now is not None and energy is not None else None
+        cost.energy_joules = (now - energy) * on_gpu if now is not None and energy is not None else None
 
 
 def on_gpu() -> bool:

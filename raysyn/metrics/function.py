@@ -24,12 +24,12 @@ CAVITY, ATRIUM = TASK_CLASSES.index("lv_cavity"), TASK_CLASSES.index("left_atriu
 def long_axis(classes: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """(middle of the mitral plane, unit vector to the apex, length) of the LV cavity in `classes` uint8 [H, W].
 
-    The mitral plane is where cavity and left atrium touch, or where but a pixel is between them; with no atrium there,
-    the lowest row of the cavity (the apex of an apical view is up). The apex is the cavity's farthest pixel. In the unit
-    of `spacing` (row, column).
+    The mitral plane is where cavity and left atrium (the largest part of each) touch, or where but a pixel is between
+    them; with no atrium there, the lowest row of the cavity (the apex of an apical view is up). The apex is the cavity's
+    farthest pixel. In the unit of `spacing` (row, column).
     """
-    cavity = main_cavity(classes)
-    near = ndimage.binary_dilation(classes == ATRIUM, structure=np.ones((3, 3)))
+    cavity = main_part(classes == CAVITY)
+    near = ndimage.binary_dilation(main_part(classes == ATRIUM), structure=np.ones((3, 3)))
     touching = cavity & near
     if not touching.any():
         touching = cavity & ndimage.binary_dilation(near, structure=np.ones((3, 3)))
@@ -44,9 +44,9 @@ def long_axis(classes: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.
     return middle, axis, float(distance.max() + np.abs(axis) @ spacing)
 
 
-def main_cavity(classes: np.ndarray) -> np.ndarray:
-    """The largest connected part of the LV cavity, bool [H, W]: a stray pixel must not become the apex."""
-    parts, count = ndimage.label(classes == CAVITY, structure=np.ones((3, 3)))
+def main_part(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of bool [H, W]: a stray pixel must become neither the apex nor a piece of the base."""
+    parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
     if count < 2:
         return np.asarray(parts > 0)
     return np.asarray(parts == np.bincount(parts.ravel())[1:].argmax() + 1)
@@ -64,7 +64,7 @@ def volume(classes: np.ndarray, spacing: np.ndarray, method: str = "simpson") ->
     """
     if method not in METHODS:
         raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    cavity = main_cavity(classes)
+    cavity = main_part(classes == CAVITY)
     if not cavity.any():
         return 0.0
     spacing = np.asarray(spacing, dtype=np.float64)
@@ -72,10 +72,12 @@ def volume(classes: np.ndarray, spacing: np.ndarray, method: str = "simpson") ->
     middle, axis, length = long_axis(classes, spacing)
     if method == "area_length":
         return float(8 * (cavity.sum() * pixel) ** 2 / (3 * np.pi * length)) / 1000
-    along = (np.argwhere(cavity) * spacing - middle) @ axis + 0.5 * float(np.abs(axis) @ spacing)
-    disk = np.clip((along / length * NUM_DISKS).astype(int), 0, NUM_DISKS - 1)
-    height = length / NUM_DISKS
-    diameter = np.bincount(disk, minlength=NUM_DISKS) * pixel / height
+    # Each pixel's area is shared out by how far it reaches along the axis: whole pixels in disks hardly thicker would make
+    # these uneven, and their squares too large.
+    reach, height = float(np.abs(axis) @ spacing), length / NUM_DISKS
+    starts = (np.argwhere(cavity) * spacing - middle) @ axis
+    below = ((np.arange(1, NUM_DISKS)[:, None] * height - starts) / reach).clip(0, 1).sum(1)
+    diameter = np.diff(below, prepend=0, append=len(starts)) * pixel / height
     return float((np.pi / 4 * diameter**2 * height).sum()) / 1000
 
 

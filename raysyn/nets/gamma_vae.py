@@ -129,7 +129,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in self.qkv(self.norm(x)).chunk(3, dim=1))
+        # Contiguous: else the fused kernels refuse, and a map of places x places is made (1 GiB an image at 128 px).
+        q, k, v = (t.flatten(2).mT.contiguous()[:, None] for t in self.qkv(self.norm(x)).chunk(3, dim=1))
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return x + self.proj(attended.reshape(x.shape))
 

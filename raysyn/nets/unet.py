@@ -74,10 +74,9 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         block_heads: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        stride = patch_size * 2 ** (len(channel_multipliers) - 1)
-        if resolution % stride:
-            raise UserError(f"resolution: {resolution} is not a multiple of the net's stride {stride}")
-        self.arch, self.levels = ARCHES[arch], len(channel_multipliers)
+        self.arch, self.stride = ARCHES[arch], patch_size * 2 ** (len(channel_multipliers) - 1)
+        if resolution % self.stride:
+            raise UserError(f"resolution: {resolution} is not a multiple of the net's stride {self.stride}")
         self.attention_at, self.block_heads = set(attention_resolutions), block_heads
         self.channels_per_head = channels_per_head if self.arch.scale_shift else None
         self.base, self.num_spades = base_channels, 0
@@ -216,12 +215,12 @@ class SemanticUNet(ModelMixin, ConfigMixin):
                     found.append((layer, below))
         return sorted(found, key=lambda pair: pair[0].index)
 
-    def modulations(self, one_hot: Tensor, budget_bytes: float | None = None) -> list[Kept]:
+    def modulations(self, one_hot: Tensor, budget_bytes: float | None = None, *, tables: bool = True) -> list[Kept]:
         """(1+γ, β) of the SPADE layers for these maps [B, L, H, W], for all steps to share; None for what is left out.
 
         Where not all fits into the budget, a layer whose map has few distinct neighbourhoods is kept as a table of them
-        (2 to 7 times slower to use than maps, many times faster than convolutions), and the layers that save most work a
-        byte are kept first. No bit of an output changes.
+        (2 to 7 times slower to use than maps, many times faster than convolutions) unless `tables` is false, and the
+        layers that save most work a byte are kept first. No bit of an output changes.
         """
         batch, device = one_hot.shape[0], one_hot.device.type
         layers = self.spade_sizes()
@@ -236,10 +235,10 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         plans = []
         for (layer, side), size in zip(layers, maps, strict=True):
             key = side, 1 + layer.mlp_gamma.kernel_size[0] // 2
-            if key not in found:
+            if tables and key not in found:
                 found[key] = Neighbourhoods(conditioning.at((side, side)), key[1])
-            places, small = found[key], size + 1
-            if places.index is not None:
+            places, small = found.get(key), size + 1
+            if places is not None and places.index is not None:
                 small = 2 * item * layer.norm.num_channels * len(places.first) + 4 * places.index.numel()
             gain = layer.cost(batch * side * side) + OVERHEAD
             plans.append((gain / min(size, small), min(size, small), layer, side, places if small < size else None))
@@ -258,6 +257,9 @@ class SemanticUNet(ModelMixin, ConfigMixin):
         one_hot: Tensor | None = None,
         modulations: list[Kept] | None = None,
     ) -> Tensor:
+        height, width = x.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise UserError(f"x: {height}x{width} is not a multiple of the net's stride {self.stride}")
         if one_hot is None:  # the null mask
             shape = (x.shape[0], self.config.label_channels, *x.shape[2:])  # type: ignore[attr-defined]
             one_hot = x.new_zeros(shape)

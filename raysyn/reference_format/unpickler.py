@@ -22,6 +22,7 @@ from raysyn.reference_format.objects import (
 )
 
 MAX_ARGUMENTS = 8
+ENTRY = 10  # of the allowance; what a call makes of an entry takes a hundred bytes where the file may have two
 ALLOWED_OPCODES = {
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
     *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2),
@@ -85,7 +86,8 @@ class Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Pyt
             raise Refused(f"a call of {function}")
         if len(args) > MAX_ARGUMENTS:
             raise Refused(f"{function} with other arguments than the format's")
-        self._spend(1 + sum(len(a) for a in args if isinstance(a, (bytes, str, list, tuple, dict))))
+        entries = sum(len(a) for a in args if isinstance(a, (list, tuple, dict)))
+        self._spend(1 + ENTRY * entries + sum(len(a) for a in args if isinstance(a, (bytes, str))))
         try:
             self.stack[-1] = self.functions[function.module, function.name](*args)
         except TypeError as error:

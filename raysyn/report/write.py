@@ -39,8 +39,12 @@ CURVES = {
     "num_synthetic": ("Dice against the number of synthetic frames", "synthetic frames", "mean Dice", True),
     "real_fraction": ("Dice against the share of {} frames", "share of {} frames", "mean Dice", False),
 }
-
-
+CURVE_CAPTIONS = {
+    "learning": "Compare a curve with itself: losses in pixels and in latents, or weighted differently, share no scale.",
+    "num_synthetic": "Random parts of each model's last set; one training a point, 95 % intervals over the test patients.",
+    "real_fraction": "At 0 the synthetic set alone, at 1 the {} frames alone, between as many as both allow: their number "
+    "differs from point to point. One training a point, 95 % intervals over the test patients.",
+}
 CONTROLS = {
     "control reconstruction": "training frames as the autoencoder gives them back, with their label maps",
     "control prior": "what the autoencoder makes of draws from its prior; no frame and no map went in but the sector",
@@ -107,8 +111,10 @@ def publish(folder: str | Path, storage_uri: str) -> None:
 
 def _legend_line(rows: Sequence[Row]) -> str:
     scores = "LV endo, LV epi and LA are Dice, view is the accuracy of telling 2CH from 4CH"
-    interval = ", with 95 % intervals" if any(number(r, "mean_dice_low") is not None for r in rows) else ""
-    return f"{scores}{interval}; the best generated set of a column in blue. For research only, not for diagnosis."
+    spread = ", with 95 % intervals over the test patients (what another training would give is not in them)"
+    interval = spread if any(number(r, "mean_dice_low") is not None for r in rows) else ""
+    best = "the best generated set of a column by value alone in blue"
+    return f"{scores}{interval}; {best}. For research only, not for diagnosis."
 
 
 def study_figures(
@@ -120,14 +126,17 @@ def study_figures(
     unit = f"{device.upper()}-seconds"
     made = [
         cost_figure(rows, "seconds_per_image", "Sampling cost (seconds an image)", "cost_dice"),
-        *(realism_figure(rows, key) for key in frechet_keys(rows)),
+        *(realism_figure(rows, key, num_measures=len(frechet_keys(rows))) for key in frechet_keys(rows)),
         cost_figure(rows, f"cost/total_{device}_seconds", f"Whole cost of a set ({unit})", "total_cost_dice"),
         cost_bars(rows, parts, unit),
     ]
     real = next((str(r["trained_on"]) for r in rows if row_kind(r) == "ceiling"), "real")
     for name, points in curves.items():
         heading, xlabel, ylabel, log_x = CURVES.get(name, (name, "x", "y", False))
-        made.append(curve_figure(name, heading.format(real), xlabel.format(real), ylabel, points, log_x))
+        curve = curve_figure(name, heading.format(real), xlabel.format(real), ylabel, points, log_x)
+        if curve is not None:
+            curve.caption = CURVE_CAPTIONS.get(name, "").format(real)
+        made.append(curve)
     made.append(trials_figure(trials))
     return [figure for figure in made if figure is not None]
 

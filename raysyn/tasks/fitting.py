@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,15 @@ class FittedTask:
             part = torch.from_numpy(image_u8[start : start + batch_size])[:, None].to(device)
             yield self.net(normalise(part.float() / 255, self.task.normalise)).float().cpu()
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and set-up (JSON) into a local folder."""
+    def save(self, folder: str | Path, patients: Iterable[str] = ()) -> None:
+        """Write weights (safetensors) and set-up (JSON) into a local folder, with the `patients` that it was fitted on."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "task.safetensors")
         facts = {"task": to_dict(self.task), "image_size": self.image_size, "best_score": self.best_score}
+        facts["patients"] = sorted(set(patients))
         (folder / "task.json").write_text(json.dumps(json_values(facts, str), indent=2))
 
 
@@ -152,6 +153,7 @@ def fit_task(
     """Train `net` on each phase's frames for its share of the steps; keep the weights of the best validation score.
 
     `report` gets {step, steps, loss, score} after each validation; what it raises ends the training (a pruned trial).
+    Raises UserError where no validation could be scored.
     """
     started = time.process_time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,24 +164,26 @@ def fit_task(
     fitted = FittedTask(net, task, image_size, -math.inf)
     best = copy.deepcopy(net.state_dict())
     every = _validation_interval(task, total, len(phases[0][0]))
-    step, running, until = 0, 0.0, 0.0
+    step, until = 0, 0.0
+    losses: list[float] = []  # since the last validation
     for frames, share in phases:
         until += share
         while step < round(until * total):
             positions = np.arange(step * task.batch_size, (step + 1) * task.batch_size)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(task, step, total)
-            loss = _step(net, optimizer, task, frames, positions, loss_of, device, layout)
-            running += loss
+            losses.append(_step(net, optimizer, task, frames, positions, loss_of, device, layout))
             step += 1
             if step % every == 0 or step == total:
                 score = score_of(fitted)
-                fitted.history.append({"step": step, "loss": running / every, "score": score})
-                running = 0.0
+                fitted.history.append({"step": step, "loss": sum(losses) / len(losses), "score": score})
+                losses = []
                 if score >= fitted.best_score:
                     fitted.best_score, best = score, copy.deepcopy(net.state_dict())
                 if report is not None:
                     report({"step": step, "steps": total, **fitted.history[-1]})
+    if fitted.best_score == -math.inf:  # every score was NaN: `best` is where training began
+        raise UserError("validation frames: show nothing that can be scored; validate on frames that do")
     net.load_state_dict(best)
     fitted.cpu_seconds = time.process_time() - started
     return fitted

@@ -11,7 +11,7 @@ from raysyn.types import FrameArrays, UserError
 def mix_frames(synthetic: FrameArrays, real: FrameArrays | None, task: TaskConfig) -> list[tuple[FrameArrays, float]]:
     """Phases of training, (frames, share of the steps), for `real_fraction` r of real frames.
 
-    `together`: one set in which a share r is real (the larger of both keeps all its frames, the other is cut to fit).
+    `together`: one set in which a share r is real, as large as both allow: one keeps all its frames, the other is cut to fit.
     `synthetic_then_real`: the first 1−r of the steps on synthetic frames, the rest on real ones.
     """
     r = task.real_fraction

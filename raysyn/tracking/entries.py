@@ -29,6 +29,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def safe_key(name: str) -> str:
+    """A name that MLflow takes: its characters only, at most 250; longer ones keep a hash of the whole at their end."""
     name = re.sub(r"[^\w\-./ :]", "_", name, flags=re.ASCII)
     if len(name) <= MAX_KEY:
         return name

@@ -16,6 +16,7 @@ from raysyn.config import TrackingConfig
 from raysyn.data.sqlite import sqlite_file, sqlite_url
 from raysyn.types import UserError
 
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, the image's app or a job's upload
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -117,13 +118,13 @@ def _lock_file(uri: str) -> Path:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, RAYSYN_GIT_COMMIT where it has no .git (an image, a job's upload), or ""."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return os.environ.get("RAYSYN_GIT_COMMIT", "")
+    """The commit of this source tree; in an image what its build wrote beside the code; else RAYSYN_GIT_COMMIT, or ""."""
+    if not (ROOT / ".git").exists():
+        built = ROOT / "commit"
+        return (built.read_text().strip() if built.is_file() else "") or os.environ.get("RAYSYN_GIT_COMMIT", "")
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -131,6 +132,7 @@ def git_commit() -> str:
 
 
 def experiment_id(client: Any, name: str, artifacts: str | None) -> str:
+    """The id of the experiment of that name, made when there is none."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)

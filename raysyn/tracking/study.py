@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysyn.config import TrackingConfig
-from raysyn.report.figures import PALETTE
+from raysyn.report.axes import PALETTE
 from raysyn.report.table import COLUMNS, METRIC_NAMES, Row, frechet_keys, row_kind, row_metrics, row_name
 from raysyn.tracking.places import open_client
 from raysyn.tracking.tracker import Tracker

@@ -84,8 +84,10 @@ class Tracker:
 
     @staticmethod
     def disabled() -> Tracker:
-        """A tracker that does nothing."""
-        return _Disabled()
+        """A tracker that takes nothing, as one that was closed."""
+        tracker = Tracker("", "", None, {}, 0)
+        tracker._closing = tracker._finished = True
+        return tracker
 
     def wait_run_id(self, timeout_s: float = 60.0) -> str | None:
         """The run's id, for child runs and for going on later; None when the server did not answer in time.
@@ -100,7 +102,7 @@ class Tracker:
         now = int(time.time() * 1000)
         points = [(safe_key(k), float(v), now, step or 0) for k, v in metrics.items() if v is not None]
         with self._changed:
-            self._metrics.extend(points)
+            self._metrics.extend(() if self._closing else points)
             while len(self._metrics) > self._capacity:
                 self._metrics.popleft()
                 self.dropped += 1
@@ -109,8 +111,9 @@ class Tracker:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Queue params, nested or flat. MLflow keeps the first value of a param; later ones are left out."""
         with self._changed:
-            self._params |= flatten(params)
-            self._changed.notify()
+            if not self._closing:
+                self._params |= flatten(params)
+                self._changed.notify()
 
     def log_image(self, name: str, image: str | Path | np.ndarray, step: int | None = None) -> None:
         """Queue a picture: a file, or uint8 [H, W] or [H, W, 3]. With `step` it joins the series `name` of MLflow's
@@ -182,6 +185,8 @@ class Tracker:
     def on_server(self, what: str, send: Callable[[Any, str], None]) -> None:
         """Queue anything else: `send(client, run_id)` is called from the tracker's thread, again when it fails."""
         with self._changed:
+            if self._closing:
+                return
             if len(self._calls) >= 1000:
                 self._calls.popleft()
                 self.dropped += 1
@@ -292,20 +297,3 @@ class Tracker:
             with self._changed:
                 put_back()
             raise
-
-
-class _Disabled(Tracker):
-    def __init__(self) -> None:
-        self.run_id, self.dropped, self._closing, self._finished = None, 0, True, True
-
-    def wait_run_id(self, timeout_s: float = 60.0) -> str | None:
-        return None
-
-    def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None:
-        pass
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        pass
-
-    def on_server(self, what: str, send: Callable[[Any, str], None]) -> None:
-        pass

@@ -16,7 +16,7 @@ def strides(*nets: torch.nn.Module) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", ["edm", "edm_l128"])
-def test_a_grid_drawn_in_the_middle_leaves_the_layout_of_the_weights(name: str) -> None:
+def test_a_grid_drawn_in_the_middle_leaves_the_layout_of_the_weights(name: str, caplog) -> None:
     """Steps from another layout round otherwise: a fit resumed after a grid would part from one that was not killed."""
     model = load_job("fit", ["scale=tiny", f"model={name}"]).model
     denoiser, vae = build_denoiser(model, 64), build_vae(model) if model.space == "latent" else None
@@ -28,3 +28,8 @@ def test_a_grid_drawn_in_the_middle_leaves_the_layout_of_the_weights(name: str) 
     frames = FrameArrays(maps, maps, zeros, zeros, nan, names, names, names, names)
     assert sample_grid(denoiser, codec, model, frames).shape == (128, 128, 3)
     assert strides(*nets) == before
+    with torch.no_grad():
+        next(denoiser.parameters()).fill_(torch.nan)
+    with caplog.at_level("WARNING", "raysyn.fit"):
+        assert not sample_grid(denoiser, codec, model, frames)[64:].any()
+    assert "not finite numbers" in caplog.text

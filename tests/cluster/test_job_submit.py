@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -49,6 +50,7 @@ class Head:
     """A head of our own on loopback, and a submitter beside it that knows the address and the token only."""
 
     port: int
+    agent_port: int
     env: dict[str, str]
     token: str
 
@@ -131,7 +133,7 @@ def head() -> Iterator[Head]:
         command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
         env={**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)},
     )  # fmt: skip
-    made = Head(ports["dashboard-port"], env, token)
+    made = Head(ports["dashboard-port"], ports["dashboard-agent-listen-port"], env, token)
     try:
         wait_until(lambda: made.cli("list").returncode == 0 or process.poll() is not None, 120)
         assert process.poll() is None, (folder / "log").read_text()[-3000:]
@@ -202,6 +204,20 @@ def test_a_submission_without_the_token_is_refused(head: Head) -> None:
         assert refused.returncode != 0
         assert "token" in refused.stdout.lower(), refused.stdout[-1500:]
     assert "stranger" not in head.cli("list").stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_manifests_probes_find_this_head_well_and_a_silent_port_not(head: Head) -> None:
+    spec = yaml.safe_load((ROOT / "infra/kuberay/raycluster.yaml").read_text())["spec"]
+    pods = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    probes = [pod["containers"][0]["readinessProbe"]["exec"]["command"] for pod in pods]
+    (silent,) = free_ports(1)
+    for dashboard, agent, found in ((head.port, head.agent_port, 0), (silent, silent, 1)):
+        for _, option, code in probes:
+            code = re.sub(":8265/", f":{dashboard}/", re.sub(":52365/", f":{agent}/", code))
+            ran = subprocess.run([sys.executable, option, code], capture_output=True, timeout=30)
+            assert ran.returncode == found, ran.stderr.decode()[-1000:]
 
 
 @pytest.mark.cluster

@@ -57,12 +57,16 @@ def test_a_batch_that_does_not_fit_is_drawn_in_halves(monkeypatch) -> None:
 
 
 def test_a_batch_of_open_size_is_what_the_first_workers_gpu_holds(monkeypatch, tmp_path) -> None:
-    assert made(monkeypatch, tmp_path, batch_size=0)[0].batch_size == 32
+    sampler, _, _ = made(monkeypatch, tmp_path, batch_size=0)
+    assert (sampler.batch_size, sampler.cache_bytes) == (32, 1 << 30)
     assert made(monkeypatch, tmp_path, batch_size=0, shard_size=6)[0].batch_size == 6
     monkeypatch.setattr("raysyn.cluster.model_sampler.on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
     monkeypatch.setattr("raysyn.cluster.model_sampler.measured", lambda on_gpu: nullcontext(Cost()))
     sampler, _, batches = made(monkeypatch, tmp_path, batch_size=0)
     assert (sampler.batch_size, batches) == (2, [8, 4, 2])
     assert sampler.decoding == Cost()
+    assert sampler.cache_bytes == 20 << 30
+    assert made(monkeypatch, tmp_path, modulation_cache_bytes=7)[0].cache_bytes == 7
     sampler, _, batches = made(monkeypatch, tmp_path, batch_size=0)
     assert (sampler.batch_size, batches) == (2, []), "a set is finished in the batches that it was begun with"

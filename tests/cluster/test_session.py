@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from raysyn.cluster import session
 from raysyn.cluster.session import _quiet, ray_session, secure
 from raysyn.config import RayConfig
 from raysyn.types import Resumable, UserError
@@ -137,3 +139,14 @@ def test_a_local_address_is_a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("RAY_AUTH_MODE")
     with pytest.raises(UserError, match="RAY_AUTH_MODE: set it to token"):
         secure()
+
+
+@pytest.mark.parametrize(("held", "share"), [({"GPU": 0.25}, 0.25), ({"GPU": 2.0}, 1.0), ({"CPU": 1.0}, 1.0)])
+def test_a_process_counts_as_much_of_a_gpu_as_ray_gave_it(held: dict, share: float, monkeypatch) -> None:
+    context = SimpleNamespace(get_assigned_resources=lambda: held)
+    ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(session, "on_gpu", lambda: True)
+    assert session.gpu_share() == share
+    monkeypatch.setattr(session, "on_gpu", lambda: False)
+    assert session.gpu_share() == 0

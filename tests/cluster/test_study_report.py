@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from raysyn.cluster.compare import study_rows
+from raysyn.cluster.graph import GraphResult
 from raysyn.cluster.sampler_actor import ShardWriter
-from raysyn.cluster.study_report import sampling_costs
+from raysyn.cluster.study_report import _task_scores, how_measured, sampling_costs
+from raysyn.compose import load_job
 from raysyn.config import SynthesizeConfig
 from raysyn.metrics.cost import Cost, cost_columns, measured
+from raysyn.types import Outcome
 
 MADE = {
     **{"cpu_seconds": 10.0, "decode_cpu_seconds": 2.0, "rejected_cpu_seconds": 3.0, "seconds": 12.0},
@@ -58,3 +62,40 @@ def test_what_decoding_a_rejected_image_took_is_not_counted_twice() -> None:
     assert (drawn, below) == (6, 2)
     assert 0.04 <= writer.rejected_decoding.wall_seconds <= writer.rejected.wall_seconds
     assert writer.sampler.decoding.wall_seconds - writer.rejected_decoding.wall_seconds >= 0.02
+
+
+def test_the_page_says_what_makes_rows_unlike() -> None:
+    config = load_job("compare", ["scale=tiny", "model=[edm]", "num_task_seeds=2"])
+    tuned = {"best_task": {"lr": 0.00123, "loss": "cross_entropy"}, "best_min_faithfulness": 0.0, "num_trials": 3}
+    result = GraphResult({"tune segmentation": Outcome("tune", "", "", tuned)})
+    rows = study_rows(config)
+    table = [{"trained_on": "phantom", "realism/num_frames": 8}, {"trained_on": "synthetic", "realism/num_frames": 24}]
+    found = how_measured(config, rows, table, result)
+    assert found["segmentation's set-up"].startswith(
+        f"lr 0.00123, loss cross_entropy: the best of 3 trials on {rows[1].key}"
+    )
+    assert "the ceiling has the configured one" in found["segmentation's set-up"]
+    assert "other stages ran beside" in found["seconds"]
+    assert "mean of 2" in found["trainings"]
+    assert "(phantom 8, synthetic 24)" in found["Fréchet distances"]
+    equal = [{**row, "realism/num_frames": 8} for row in table]
+    assert "Fréchet distances" not in how_measured(config, rows, equal, result)
+
+
+def test_several_trainings_of_a_row_have_their_sd_beside_the_interval() -> None:
+    config = load_job("compare", ["scale=tiny", "num_task_seeds=2"])
+    runs = [
+        {"mean_dice": d, "mean_dice_low": d - 0.1, "la_dice": la, "lv_endo_dice": endo}
+        for d, la, endo in ((0.8, None, np.nan), (0.9, 0.5, 0.5))
+    ]
+    manifests = [{"scores": scores, "cpu_seconds": 2.0} for scores in runs]
+    result = GraphResult({f"segmentation x seed {i}": Outcome("task", "", "", m) for i, m in enumerate(manifests)})
+    found = _task_scores(config, "x", "segmentation", result)
+    assert found is not None
+    assert found["mean_dice"] == pytest.approx(0.85)
+    assert found["mean_dice_low"] == pytest.approx(0.75)
+    assert found["mean_dice_seed_sd"] == pytest.approx(0.1 / 2**0.5)
+    assert found["la_dice"] is found["la_dice_seed_sd"] is None
+    assert np.isnan(found["lv_endo_dice_seed_sd"])
+    assert "mean_dice_low_seed_sd" not in found
+    assert found["cost/segmentation_cpu_seconds"] == 4

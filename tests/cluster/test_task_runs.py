@@ -72,6 +72,8 @@ def test_a_task_run_keeps_its_network_and_is_skipped_when_done(sets, tmp_path) -
     assert first.manifest["cpu_seconds"] > 0
     assert first.manifest["cost"]["cost/segmentation_peak_memory_mb"] > 1
     assert load_task(first.manifest["model_dir"]).task.width == 4
+    named = Storage.at(first.manifest["model_dir"]).read_json("task.json")["patients"]
+    assert named == sorted(patients_of(made, ("train", "validation")))
     assert run_task(job, TASK, [made], real).skipped
     assert not run_task(job, dataclasses.replace(TASK, seed=1), [made], real).skipped
 
@@ -117,9 +119,25 @@ def test_frames_below_the_faithfulness_asked_for_are_left_out(sets) -> None:
     found = load_sets([made], real, TASK, min_faithfulness=0.5)
     assert len(found["train"]) == 8
     assert set(found["train"].phase) == {0}
+    assert len(found["validation"]) == 8, "all of them, so that scores at several thresholds compare"
     assert len(load_sets([real], real, TASK, min_faithfulness=0.5)["train"]) == 16  # real ones have none
     with pytest.raises(UserError, match=r"faithfulness of 0\.95 or more"):
         load_sets([made], real, TASK, min_faithfulness=0.95)
+
+
+def test_every_trial_of_a_search_is_validated_on_the_same_frames(sets) -> None:
+    from raysyn.cluster.tune_search import trial_sets
+
+    real, made = sets
+    job = {"sets": [made, real], "real": real}
+    trials = [{}, {"train_set": 1}, {"train_set": 0, "min_faithfulness": 0.5}]
+    found = [trial_sets(job, TASK, params) for params in trials]
+    assert [len(f["train"]) for f in found] == [16, 16, 8]
+    assert found[1]["train"].frame_id == read_arrays(real, "train").frame_id
+    both = [*read_arrays(made, "validation").frame_id, *read_arrays(real, "validation").frame_id]
+    assert all(f["validation"].frame_id == both for f in found)
+    on_real = trial_sets(job, dataclasses.replace(TASK, validate_on="real"), {})
+    assert on_real["validation"].frame_id == read_arrays(real, "validation").frame_id
 
 
 def test_the_one_of_several_sets_that_holds_test_patients_is_named(sets, tmp_path) -> None:
@@ -155,6 +173,17 @@ def test_a_model_fitted_on_test_patients_is_refused_whatever_it_drew(sets, tmp_p
         for part in (drawn, f"{drawn}/train", f"{drawn}/train/shard-00000.parquet"):
             with pytest.raises(UserError, match=rf"this {kind} was fitted on test patients"):
                 refuse_lineage([part], test)
+
+
+def test_a_set_chosen_by_a_segmenter_that_knew_test_patients_is_refused(sets, tmp_path) -> None:
+    real, _ = sets
+    test = read_arrays(real, "test")
+    manifest = {"fingerprint": "judged", "fitted_on": ["stranger"], "segmenter_fitted_on": ["stranger"]}
+    judged = write_set(tmp_path / "judged", {"train": range(2)}, manifest=manifest, change=synthetic)
+    refuse_lineage([judged], test)
+    Storage.at(judged).write_json("manifest.json", {**manifest, "segmenter_fitted_on": [test.patient_id[0]]})
+    with pytest.raises(UserError, match=rf"^{judged}: this set's segmenter was fitted on test patients"):
+        refuse_lineage([judged], test)
 
 
 def test_a_model_that_was_copied_elsewhere_still_names_its_patients(sets, tmp_path) -> None:
@@ -194,6 +223,16 @@ def test_a_model_behind_a_set_is_found_after_a_move_and_refused_when_it_is_nowhe
     Storage.at(alone).write_json("manifest.json", {**manifest, "fitted_on": ["stranger", test.patient_id[0]]})
     with pytest.raises(UserError, match="alone: this model was fitted on test patients"):
         refuse_lineage([str(alone)], test)
+
+
+def test_test_frames_of_one_view_are_refused_before_a_classifier_is_trained(sets, tmp_path) -> None:
+    _, made = sets
+    one = Storage.at(tmp_path / "one")
+    frames = [f for f in phantom_patient(0, 6, 64, "test") if f.view == "2CH"]
+    write_frames(one, "test/shard-00000.parquet", frames)
+    with pytest.raises(UserError, match=rf"^{one.uri}: test frames are all of one view"):
+        load_sets([made], one.uri, TaskConfig(kind="classification", arch="cnn:small"))
+    assert len(load_sets([made], one.uri, TASK)["test"]) == len(frames)
 
 
 def test_sets_of_two_sizes_are_refused(sets, tmp_path) -> None:

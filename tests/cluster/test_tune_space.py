@@ -32,6 +32,7 @@ from raysyn.types import UserError
         ({"lr": {"choices": 5}}, r"search\.space\.lr: give"),
         ({"arch": {"low": 1, "high": 2}}, r"search\.space\.arch: 1 to 2 is no range of it; give choices"),
         ({"kind": {"choices": ["segmentation"]}}, r"search\.space\.kind: not a key"),
+        ({"validate_on": {"choices": ["real", "synthetic"]}}, "scored on different frames do not compare"),
         ({"lr": None}, r"search\.space: names nothing"),
     ],
 )

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from raysyn.data.frame_sets import check_frames
 from raysyn.data.frames import (
     ROW_GROUP_ROWS,
     decode_png,
@@ -252,19 +251,6 @@ def test_png_that_is_not_grey_or_cut_off() -> None:
     for data in (b"", b"text", whole[: len(whole) // 2]):
         with pytest.raises(UserError, match=r"a\.png: not a whole PNG"):
             decode_png(data, "a.png")
-
-
-def test_check_frames_counts_and_refuses(frame_set) -> None:
-    counts = check_frames(frame_set.uri)
-    assert counts["num_frames"] == {"train": 100, "validation": 4}
-    assert counts["num_frames_by_view"]["validation"] == {"2CH": 2, "4CH": 2}
-    assert counts["num_patients"] == {"train": 26, "validation": 1}
-    write_frames(frame_set, "test/shard-00000.parquet", [frame(999, "test", patient_id="patient0000")])
-    with pytest.raises(UserError, match=r"patient0000 is in .* splits share no patient"):
-        check_frames(frame_set.uri)
-    write_frames(frame_set, "test/shard-00000.parquet", [frame(0, "train")])
-    with pytest.raises(UserError, match="f0000 comes twice"):
-        check_frames(frame_set.uri)
 
 
 def test_opens_in_datasets_with_images_decoded(frame_set, tmp_path_factory) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from raysyn.data import storage as module
+from raysyn.data import local_files
 from raysyn.data.frames import read_frames, write_frames
 from raysyn.data.storage import TEMPORARY, Storage
 from raysyn.types import Frame, UserError
@@ -111,7 +111,7 @@ def test_a_failed_write_leaves_nothing_and_says_why(tmp_path, monkeypatch, numbe
         file.write(data[:2])
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module, "_write_and_sync", fail)
+    monkeypatch.setattr(local_files, "_write_and_sync", fail)
     with pytest.raises(UserError, match=f"a.bin: {says}"):
         storage.write_atomic("a.bin", b"new")
     assert os.listdir(tmp_path) == ["a.bin"]
@@ -126,7 +126,7 @@ def test_the_kernel_says_no_space(tmp_path, monkeypatch) -> None:
         real_open(path, mode).close()
         return real_open("/dev/full", "wb")
 
-    monkeypatch.setattr(module, "open", full, raising=False)
+    monkeypatch.setattr(local_files, "open", full, raising=False)
     with pytest.raises(UserError, match="no space left"):
         Storage.at(tmp_path).write_atomic("a.bin", b"x" * 10)
     assert os.listdir(tmp_path) == []
@@ -136,7 +136,7 @@ def test_other_faults_stay_faults(tmp_path, monkeypatch) -> None:
     def fail(file, data) -> None:
         raise OSError(errno.EIO, "I/O error")
 
-    monkeypatch.setattr(module, "_write_and_sync", fail)
+    monkeypatch.setattr(local_files, "_write_and_sync", fail)
     with pytest.raises(OSError, match="I/O error"):
         Storage.at(tmp_path).write_atomic("a.bin", b"new")
     assert os.listdir(tmp_path) == []

@@ -52,9 +52,29 @@ def test_what_does_not_fit_is_done_in_halves_in_order(caplog) -> None:
     assert "does not fit" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 70368744177664 bytes",
+    ],
+)
+def test_a_full_device_is_known_by_its_libraries_words(says: str) -> None:
+    def work(batch: int) -> int:
+        if batch > 2:
+            raise RuntimeError(says)
+        return batch
+
+    assert probe_batch(work, start=4, limit=4) == 2
+    assert in_halves(lambda part: work(part.stop - part.start), 4) == [2, 2]
+
+
 def test_other_errors_are_not_taken_for_a_full_device() -> None:
     with pytest.raises(ValueError, match="wrong"):
         in_halves(lambda part: (_ for _ in ()).throw(ValueError("wrong")), 4)
+    with pytest.raises(RuntimeError, match="mat1"):
+        probe_batch(lambda batch: (_ for _ in ()).throw(RuntimeError("mat1 and mat2")))
 
 
 def test_on_linux_freed_memory_is_kept() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raysyn.config import SOLVERS, SamplerConfig
-from raysyn.diffusion.generate import generate, num_network_evals
+from raysyn.diffusion.generate import _guides, generate, num_network_evals
 from raysyn.diffusion.noise import sigma_grid, vp_betas
 from raysyn.diffusion.precondition import IDDPM, PRECONDITIONINGS, Denoiser
 from raysyn.diffusion.solvers import solve_generalised
@@ -50,6 +50,12 @@ def calls(net: SemanticUNet, sampler: SamplerConfig, formulation: str) -> int:
 def test_evaluations_are_those_that_a_run_makes(net, solver: str, guidance: dict, formulation: str) -> None:
     sampler = SamplerConfig(solver=solver, num_steps=6, sigma_min=0.02, sigma_max=20.0, **guidance)
     assert num_network_evals(sampler, PRECONDITIONINGS[formulation]()) == calls(net, sampler, formulation)
+
+
+def test_guidance_everywhere_reads_no_noise_level() -> None:
+    unreadable = torch.empty((), device="meta")  # on a GPU reading it would wait for all that was launched
+    assert _guides(SamplerConfig(guidance_scale=1.5), unreadable)
+    assert not _guides(SamplerConfig(), unreadable)
 
 
 def test_guidance_in_a_narrow_interval_costs_less_than_everywhere() -> None:

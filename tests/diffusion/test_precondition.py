@@ -278,6 +278,16 @@ def test_cached_modulations_change_no_bit_and_any_budget_is_kept(demo) -> None:
     assert None in kept
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
+def test_maps_may_be_of_any_type(dtype: torch.dtype, demo) -> None:
+    _, denoiser, one_hot = demo
+    x, maps = torch.randn(3, 1, 32, 32), one_hot.to(dtype)
+    with torch.no_grad():
+        expected = denoiser(x, 1.0, one_hot)
+        assert torch.equal(denoiser(x, 1.0, maps), expected)
+        assert torch.equal(denoiser(x, 1.0, maps, denoiser.modulations(maps)), expected)
+
+
 def test_guidance_of_one_is_no_guidance_and_its_interval_bounds_it(demo) -> None:
     _, denoiser, one_hot = demo
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raysyn.cluster.compare import stages_at_once
 from raysyn.cluster.fit import fit_fingerprint
 from raysyn.cluster.job import JOBS
 from raysyn.cluster.synthesize import _as
@@ -117,6 +118,7 @@ def test_the_rayjobs_cluster_is_the_standing_one() -> None:
     standing = documents(INFRA / "kuberay/raycluster.yaml")[0]["spec"]
     assert documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]["spec"]["rayClusterSpec"] == standing
     assert standing["authOptions"]["mode"] == "token"
+    assert f"ray=={standing['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
     assert "nvidia.com/gpu" not in json.dumps(standing["headGroupSpec"])
 
 
@@ -159,24 +161,56 @@ def containers(node: Any) -> list[dict[str, Any]]:
     return own + [c for value in node.values() for c in containers(value)]
 
 
+def everything() -> list[dict[str, Any]]:
+    rayjob = documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]
+    return [*every_kustomized("kuberay/common", "kuberay", "mlflow"), rayjob]
+
+
 def test_every_container_passes_the_restricted_standard() -> None:
-    found = [*every_kustomized("kuberay/common", "kuberay"), documents(INFRA / "kuberay/jobs/base/rayjob.yaml")[0]]
+    found = everything()
+    namespaces = [d for d in found if d["kind"] == "Namespace"]
+    assert {d["metadata"]["name"] for d in namespaces} == {"raysyn", "mlflow"}
+    assert {tuple(d["metadata"]["labels"].values()) for d in namespaces} == {("restricted",)}
     every = containers(found)
-    assert {c.get("name", "autoscaler") for c in every} == {"ray-head", "ray-worker", "autoscaler", "ray-job-submitter"}
+    of_ray = {"ray-head", "ray-worker", "autoscaler", "ray-job-submitter"}
+    assert {c.get("name", "autoscaler") for c in every} == of_ray | {"mlflow", "migrate", "postgres", "dump"}
     for container in every:
         security = container["securityContext"]
         assert security["allowPrivilegeEscalation"] is False
         assert security["capabilities"] == {"drop": ["ALL"]}
     text = json.dumps(found)
-    assert text.count('"seccompProfile": {"type": "RuntimeDefault"}') == 7, (
-        "two clusters' heads and both kinds of workers, the submitter"
-    )
-    workers = [c for c in every if c.get("name") == "ray-worker"]
-    assert all({"readinessProbe", "livenessProbe"} <= set(c) for c in workers)
-    claims = set(re.findall(r"claimName\": \"(\w+)", text))
-    assert claims
+    pods = "two clusters' heads and both kinds of workers, the submitter; MLflow, PostgreSQL, its backup"
+    for setting in ('"seccompProfile": {"type": "RuntimeDefault"}', '"runAsNonRoot": true'):
+        assert text.count(setting) == 10, pods
+    claims = set(re.findall(r"claimName\": \"(camus)", text))
     readme = (INFRA / "README.md").read_text()
     assert all(f"PersistentVolumeClaim `{claim}`" in readme for claim in claims)
+    assert claims
+
+
+def test_probes_wait_longer_than_the_second_that_kubernetes_gives_by_itself() -> None:
+    probed = {c["name"]: c for c in containers(everything()) if "readinessProbe" in c}
+    assert set(probed) == {"ray-head", "ray-worker", "mlflow", "postgres"}
+    probes = [c[k] for c in probed.values() for k in ("readinessProbe", "livenessProbe") if k in c]
+    assert all(5 <= probe["timeoutSeconds"] <= 20 for probe in probes)
+    assert {name for name, c in probed.items() if "livenessProbe" in c} == {"ray-worker", "mlflow"}
+
+
+def test_a_submitter_may_run_what_the_readme_tells_him_to() -> None:
+    """`kubectl logs job/x` reads the Job first, then its pod's log."""
+    role = next(d for d in all_kustomized(INFRA / "kuberay/common") if d["kind"] == "Role")
+    may = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+    assert "kubectl -n raysyn logs -f job/raysyn-compare" in (INFRA / "README.md").read_text()
+    assert {("jobs", "get"), ("pods", "list"), ("pods/log", "get"), ("rayjobs", "create")} <= may
+    assert {verb for resource, verb in may if resource != "rayjobs"} == {"get", "list", "watch"}
+    assert not any("secrets" in resource for resource, _ in may)
+
+
+def test_mlflow_answers_to_the_names_by_which_it_is_asked() -> None:
+    (option,) = re.findall(r"--allowed-hosts=(\S+)", (INFRA / "mlflow/mlflow.yaml").read_text())
+    settings = documents(INFRA / "kuberay/common/settings.yaml")[0]["data"]
+    assert settings["MLFLOW_TRACKING_URI"].removeprefix("http://") in option.split(",")
+    assert {"localhost:*", "127.0.0.1:*"} <= set(option.split(",")), "through `kubectl port-forward`"
 
 
 def test_every_secret_and_config_map_that_is_named_exists_or_is_explained() -> None:
@@ -250,6 +284,14 @@ def test_a_job_of_its_own_needs_nothing_of_the_standing_cluster() -> None:
         assert {(kind, name) for name in re.findall(rf'{key}": "([\w-]+)"', job)} <= there
     readme = (INFRA / "README.md").read_text()
     assert readme.index("apply -k infra/kuberay/common") < readme.index("apply -k infra/kuberay/jobs")
+
+
+def test_the_head_holds_the_stages_that_a_study_runs_at_once() -> None:
+    """Ray runs what asks for no CPU beside the driver, where torch alone is 0.7 GiB a process; objects have their 30 %."""
+    study = load_job("compare", shlex.split(rendered_job("compare")["spec"]["entrypoint"])[2:])
+    head = documents(INFRA / "kuberay/raycluster.yaml")[0]["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    memory = float(head["resources"]["limits"]["memory"].removesuffix("Gi"))
+    assert 0.7 * memory >= 0.75 * stages_at_once(study) + 2.0
 
 
 def test_ray_keeps_its_objects_in_memory() -> None:

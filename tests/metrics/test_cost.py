@@ -38,6 +38,15 @@ def test_measured_time_is_wall_and_cpu_apart() -> None:
     assert cost.peak_memory_mb > 1
 
 
+def test_half_a_gpu_is_half_of_its_time_and_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([100.0, 300.0])
+    monkeypatch.setattr("raysyn.metrics.cost.gpu_energy_joules", lambda: next(readings))
+    with measured(0.5) as cost:
+        time.sleep(0.01)
+    assert cost.gpu_seconds == pytest.approx(cost.wall_seconds / 2)
+    assert cost.energy_joules == 100
+
+
 def test_what_fails_has_cost_too() -> None:
     with pytest.raises(KeyError), measured() as cost:
         raise KeyError("x")

@@ -104,6 +104,29 @@ def test_a_stray_pixel_changes_nothing_and_a_lone_one_has_a_volume(method: str) 
     assert 0 < volume(lone, np.array([0.5, 0.25]), method) < 1e-3
 
 
+def test_disks_hardly_thicker_than_a_pixel_do_not_inflate_a_volume() -> None:
+    y, x = np.mgrid[:64, :64] - 31.5
+    for half_length in (12.0, 15.0):
+        offsets = np.linspace(-0.5, 0.5, 9)
+        cavities = [((((y - o) / half_length) ** 2 + (2 * (x - o) / half_length) ** 2) <= 1) for o in offsets]
+        found = np.array([volume(c.astype(np.uint8), np.ones(2)) * 1000 for c in cavities]) / (
+            math.pi / 3 * half_length**3
+        )
+        assert found.mean() == pytest.approx(1, abs=0.015)
+        assert found.std() < 0.04
+
+
+@pytest.mark.parametrize("method", ["simpson", "area_length"])
+def test_a_stray_pixel_of_atrium_does_not_move_the_mitral_plane(method: str) -> None:
+    y, x = np.mgrid[:64, :64] - 31.5
+    classes = ((y / 20) ** 2 + (x / 10) ** 2 <= 1).astype(np.uint8)
+    classes[y > 12] = 0
+    classes[(y > 12) & (y < 20) & (np.abs(x) < 8)] = 3
+    stray = classes.copy()
+    stray[14, 31] = 3  # within the cavity, near the apex
+    assert volume(stray, np.ones(2), method) == pytest.approx(volume(classes, np.ones(2), method), rel=0.02)
+
+
 def test_the_volume_of_a_coarse_cavity_has_no_bias_at_the_mitral_plane() -> None:
     ratios = []
     for angle in np.linspace(-0.4, 0.4, 9):

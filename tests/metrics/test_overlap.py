@@ -89,6 +89,13 @@ def test_the_bootstrap_leaves_nan_out() -> None:
     assert all(math.isnan(v) for v in patient_interval(np.array([np.nan]), ["a"]))
 
 
+def test_one_patient_has_no_interval() -> None:
+    values = np.array([0.2, 0.8, np.nan])
+    for patients in (["a", "a", "a"], ["a", "a", "b"]):
+        assert all(math.isnan(v) for v in patient_interval(values, patients))
+    assert all(math.isnan(v) for v in patient_interval_of(lambda index: float(values[index].mean()), ["a"] * 2))
+
+
 def test_the_general_bootstrap_is_the_quick_one_for_a_mean() -> None:
     rng = np.random.default_rng(0)
     values, patients = rng.normal(size=80), [f"p{i // 4}" for i in range(80)]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.distributions import Gamma, Normal, kl_divergence
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysyn.compose import load_model
 from raysyn.models import build_vae
@@ -17,6 +18,7 @@ from raysyn.nets.gamma_vae import (
 )
 from raysyn.types import UserError
 
+PLAIN = torch.contiguous_format
 SHAPE = torch.tensor([0.3, 1.0, 3.75, 40.0], dtype=torch.float64)
 RATE = torch.tensor([2.0, 10.8, 10.8, 100.0], dtype=torch.float64)
 
@@ -109,6 +111,13 @@ def test_encode_and_decode_have_their_shapes_and_masks(vae: GammaVAE) -> None:
     assert (decoded[..., :3] == 0).all()
     changed = image + (1 - sector)  # what lies outside the sector is not seen
     assert torch.equal(vae.encode(changed, sector).mean, latent)
+
+
+def test_attention_goes_through_the_fused_kernel_in_either_memory_format(vae: GammaVAE) -> None:
+    image, sector = batch()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():  # which raises where it would refuse
+        latents = [vae.to(memory_format=form).encode(image, sector).mean for form in (PLAIN, torch.channels_last)]
+    assert torch.allclose(*latents, atol=1e-5)
 
 
 def test_published_size_has_activations_between_its_convolutions() -> None:

@@ -202,6 +202,10 @@ def test_saved_and_loaded_it_is_the_same_net(tmp_path) -> None:
 def test_a_size_that_the_net_cannot_halve_is_refused() -> None:
     with pytest.raises(UserError, match="resolution: 18 is not a multiple"):
         SemanticUNet(18, base_channels=16, channel_multipliers=(1, 2, 2))
+    net = small()
+    assert net(torch.zeros(1, 1, 8, 24), torch.rand(1), maps(1)).shape == (1, 1, 8, 24)
+    with pytest.raises(UserError, match="x: 16x15 is not a multiple of the net's stride 2"):
+        net(torch.zeros(1, 1, 16, 15), torch.rand(1), maps(1))
 
 
 def test_groups_are_the_published_ones_and_always_divide() -> None:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from raysyn.labels import COLOURS
 from raysyn.report import Samples, publish, write_report
+from raysyn.report.axes import model_colours
 from raysyn.report.figures import (
     cost_bars,
     cost_figure,
     curve_figure,
-    model_colours,
     realism_figure,
     save_figure,
     trials_figure,
@@ -142,6 +142,8 @@ def test_the_report_is_whole_and_refers_to_nothing_outside(tmp_path: Path) -> No
     assert "loss &lt;is&gt; not finite" in text
     assert "ab12" in text
     assert "cores" in text
+    assert "Compare a curve with itself" in text
+    assert "intervals over the test patients (what another training would give is not in them)" in text
     first = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", text)[1])
     assert first == (tmp_path / "report" / "figures" / "cost_dice.png").read_bytes()
 
@@ -182,15 +184,15 @@ def test_a_cost_figure_gives_its_rank_correlation_too() -> None:
 
 
 def test_the_realism_figure_gives_the_correlation_and_its_rows() -> None:
-    made = realism_figure(study(models=("a", "b", "c"), steps=(5, 10, 20)))
+    made = realism_figure(study(models=("a", "b", "c", "d", "e"), steps=(5, 10, 20)))
     assert made is not None
-    assert "(9 rows)" in made.caption
+    assert "(15 rows of 5 models)" in made.caption
     assert "Spearman ρ" in made.caption
-    assert "The paper's claim on 9 rows" in made.caption
+    assert "The paper's claim on 15 rows of 5 models" in made.caption
     assert all(p["fd_lite0_low"] == 80.0 for p in made.data)
     few = realism_figure(study(steps=(5,)))
     assert few is not None
-    assert "cannot be tested on 2 rows" in few.caption
+    assert "cannot be tested on 2 rows of 2 models" in few.caption
 
 
 def test_each_extractor_has_its_realism_figure() -> None:
@@ -201,11 +203,12 @@ def test_each_extractor_has_its_realism_figure() -> None:
             "realism/fd_inception_baseline": 20.0,
             "realism/fd_resnet18.a1": 3.0 * i,
         }
-        for i, row in enumerate(study(steps=(5, 8, 10)))
+        for i, row in enumerate(study(models=("a", "b", "c", "d", "e"), steps=(5, 8)))
     ]
     assert frechet_keys(rows) == ["fd_lite0", "realism/fd_inception", "realism/fd_resnet18.a1"]
     made = {figure.name: figure for figure in study_figures(rows, {})}
     assert {"realism_dice", "realism_dice_inception", "realism_dice_resnet18.a1"} <= set(made)
+    assert "One of 3 measures tested" in made["realism_dice"].caption
     (axes,) = made["realism_dice_inception"].figure.axes
     assert axes.get_xlabel() == "Fréchet distance fd_inception to held-out frames (lower is more realistic)"
 

@@ -13,7 +13,9 @@ def test_perfect_order_and_its_reverse() -> None:
     same, opposite = rank_correlation(x, np.exp(x)), rank_correlation(x, [-v for v in x])
     assert (same.spearman, same.kendall) == (pytest.approx(1), pytest.approx(1))
     assert (opposite.spearman, opposite.kendall) == (pytest.approx(-1), pytest.approx(-1))
-    assert opposite.spearman_interval == pytest.approx((-1, -1))
+    assert (opposite.spearman_interval, opposite.kendall_interval) == (None, None)
+    assert "a perfect order no interval" in opposite.text()
+    assert "[" not in opposite.text()
 
 
 def test_spearman_by_its_formula_without_ties() -> None:
@@ -47,6 +49,22 @@ def test_intervals_hold_zero_for_noise_and_not_for_a_strong_order() -> None:
     assert 0.6 < strong.spearman_interval[0] < strong.spearman < strong.spearman_interval[1] <= 1
 
 
+def test_rows_of_one_model_are_resampled_together() -> None:
+    rng = np.random.default_rng(0)
+    models, sure = [name for name in "abcdef" for _ in range(6)], 0
+    for trial in range(20):  # a model's rows are alike, and the models in no order
+        x, y = (np.repeat(rng.normal(size=6), 6) + 0.2 * rng.normal(size=36) for _ in range(2))
+        low, high = rank_correlation(x, y, models, num_resamples=200, seed=trial).spearman_interval or (0, 0)
+        sure += low > 0 or high < 0
+    assert sure <= 4  # row by row it is 7 of 20
+    uneven = rank_correlation(x, y, [*models[:-1], "e"], num_resamples=200)
+    assert uneven.spearman_interval is not None
+    assert "(36 rows of 6 models)" in uneven.text()
+    few = rank_correlation(x, y, [name for name in "abcd" for _ in range(9)])
+    assert "36 rows of 4 models; too few for an interval" in few.text()
+    assert "cannot be tested on 36 rows of 4 models" in claim_text(few)
+
+
 def test_few_or_equal_rows_are_said_to_be_so() -> None:
     two, four, flat = (
         rank_correlation([1, 2], [1, 2]),
@@ -55,7 +73,7 @@ def test_few_or_equal_rows_are_said_to_be_so() -> None:
     )
     assert "2 rows are too few" in two.text()
     assert four.spearman_interval is None
-    assert "too few rows for an interval" in four.text()
+    assert "4 rows; too few for an interval" in four.text()
     assert flat.spearman is None
     assert "cannot be tested on 4 rows" in claim_text(four)
 
@@ -66,6 +84,8 @@ def test_the_claim_is_worded_by_the_interval() -> None:
     assert "gave worse Dice" in claim_text(rank_correlation(x, x))
     noise = np.random.default_rng(0).permutation(12)
     assert "holds zero" in claim_text(rank_correlation(x, noise))
+    assert "cannot be tested on 4 rows" in claim_text(rank_correlation(x[:4], x[:4]))
+    assert "One of 3 measures tested" in claim_text(rank_correlation(x, noise), 3)
 
 
 @settings(max_examples=60)

@@ -1,10 +1,12 @@
 """Tasks on phantom frames small enough to learn in seconds; mixing; saving; bad input."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from raysyn.config import TaskConfig
 from raysyn.data.phantom import phantom_patient
@@ -97,6 +99,17 @@ def test_classification_beats_chance_and_needs_both_views(frames) -> None:
         train_classification(only, frames[1], CLASSIFICATION)
 
 
+def test_an_accuracy_of_one_has_the_doubt_of_few_patients(frames) -> None:
+    test = frames[2]
+    sure = np.where(test.view[:, None] == np.arange(2), 5.0, -5.0)
+    fitted = SimpleNamespace(logits=lambda images: [torch.from_numpy(sure)])
+    scores = evaluate_classification(fitted, test)
+    assert (scores["view_accuracy"], scores["view_accuracy_high"]) == (1, 1)
+    assert scores["view_accuracy_low"] == pytest.approx(binomtest(6, 6).proportion_ci(method="exact").low)
+    sure[0] *= -1
+    assert 0.8 < evaluate_classification(fitted, test)["view_accuracy_low"] < 1
+
+
 def test_empty_sets_are_refused(frames) -> None:
     with pytest.raises(UserError, match="train frames: there are none"):
         train_segmentation(frames[0].take([]), frames[1], SEGMENTATION)
@@ -126,6 +139,20 @@ def test_one_after_the_other_takes_just_the_steps_asked_for(frames, steps: int) 
     fitted = train_segmentation(frames[0], frames[1], task, real=frames[0])
     assert fitted.history[-1]["step"] == steps
     assert np.isfinite(fitted.best_score)
+
+
+def test_the_loss_told_is_the_mean_since_the_last_validation(frames) -> None:
+    task = TaskConfig(arch="unet:small", batch_size=4, num_steps=11, width=2, lr=1e-12, augment_strength=0.0)
+    losses = [h["loss"] for h in train_segmentation(frames[0], frames[1], task).history]
+    assert len(losses) == 6  # after 2, 4, 6, 8, 10 and 11 steps
+    assert losses[-1] == pytest.approx(losses[-2], rel=0.2)
+
+
+def test_training_that_cannot_be_validated_is_refused(frames, monkeypatch) -> None:
+    monkeypatch.setattr("raysyn.tasks.segmentation.mean_dice", lambda _: float("nan"))
+    task = TaskConfig(arch="unet:small", batch_size=4, num_steps=2, width=2)
+    with pytest.raises(UserError, match="validation frames: show nothing that can be scored"):
+        train_segmentation(frames[0], frames[1], task)
 
 
 def test_augmentation_moves_image_and_map_together(frames) -> None:
