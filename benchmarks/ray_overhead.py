@@ -26,7 +26,8 @@ import psutil
 from raysyn.cluster.fit import fit
 from raysyn.cluster.inputs import prepare_fingerprint
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.synthesize import make_spec, model_facts, synthesize
+from raysyn.cluster.synthesis_model import model_facts
+from raysyn.cluster.synthesize import make_spec, synthesize
 from raysyn.compose import load_job
 from raysyn.config import FitJob, SynthesizeJob
 from raysyn.training_state import Progress

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from raysyn.config import RayConfig, WorkersConfig
 from raysyn.metrics.cost import on_gpu
-from raysyn.types import UserError
+from raysyn.types import Resumable, UserError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -37,11 +37,17 @@ QUIET = {
 OWN = "raysyn_own"  # a resource that marks a Ray of our own: one node, to which none is added
 
 
+def _unless_stopped(record: logging.LogRecord) -> bool:
+    """Not of a stop that was asked for, which Ray Data takes for a fault of its own and logs with its trace."""
+    return not isinstance(sys.exc_info()[1], Resumable)
+
+
 def _quiet() -> None:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     for name in ("ray.data", "ray.train", "ray.tune", "ray"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data.exceptions").addFilter(_unless_stopped)
 
 
 def _joined(address: str) -> str:

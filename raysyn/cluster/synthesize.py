@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from importlib.metadata import version
 from typing import Any
 
 from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.metrics_export import count
-from raysyn.cluster.sampler_actor import SUMMED, ShardWriter, SynthesisSpec, faithfulness_of, settings_of, whole_shards
+from raysyn.cluster.sampler_actor import SUMMED, ShardWriter, SynthesisSpec, settings_of, whole_shards
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, lost_shards, open_stage, refuse_foreign
 from raysyn.cluster.synthesis_card import write_card
 from raysyn.cluster.synthesis_folder import claim
+from raysyn.cluster.synthesis_model import ModelFacts, model_facts, segmenter_patients
 from raysyn.config import FitJob, PrepareJob, SynthesizeConfig, SynthesizeJob, fingerprint
 from raysyn.data.frames import frame_files, read_light
 from raysyn.data.requests import RequestPlan
@@ -110,43 +110,6 @@ def check_gate(synthesis: SynthesizeConfig) -> None:
         raise UserError(f"synthesize.segmenter_dir: {synthesis.segmenter_dir}: no such folder")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFacts:
-    """What of the model, and of the segmenter that judges, decides the images or is told beside them."""
-
-    folder: str
-    name: str
-    fingerprint: str
-    checkpoint_sha256: str
-    num_function_evals: int
-    fitted_on: tuple[str, ...]
-    segmenter_sha256: str
-
-
-def model_facts(config: SynthesizeJob, model_dir: str) -> ModelFacts:
-    """One that is bad, or not for this config, is refused here, before Ray and before frames are made for it."""
-    from raysyn.cluster.model_store import check_model
-    from raysyn.diffusion.generate import num_network_evals
-    from raysyn.diffusion.precondition import PRECONDITIONINGS
-    from raysyn.pipeline import guidance_doubt
-
-    model, sampler = check_model(model_dir), config.model.sampler
-    if model.image_size != config.data.image_size:
-        raise UserError(f"data.image_size: {config.data.image_size} is not the model's {model.image_size}")
-    if doubt := guidance_doubt(model.config, sampler):
-        print(f"synthesize: {doubt}", file=sys.stderr, flush=True)
-    precondition = PRECONDITIONINGS[model.config.precondition]()
-    return ModelFacts(
-        folder=model_dir,
-        name=model.config.name,
-        fingerprint=fingerprint(model.config),
-        checkpoint_sha256=model.checkpoint_sha256,
-        num_function_evals=num_network_evals(sampler, precondition),  # refuses a grid that cannot be
-        fitted_on=tuple(Storage.at(model_dir).read_json("model.json").get("patients", [])),
-        segmenter_sha256=_segmenter_sha256(config.synthesize),
-    )
-
-
 def make_spec(config: SynthesizeJob, model: ModelFacts, frames: str, frames_fingerprint: str) -> SynthesisSpec:
     """Everything that a worker needs."""
     synthesis, sampler = config.synthesize, config.model.sampler
@@ -186,23 +149,6 @@ def make_spec(config: SynthesizeJob, model: ModelFacts, frames: str, frames_fing
         fitted_on=model.fitted_on,
         segmenter_fitted_on=segmenter_patients(synthesis),
     )
-
-
-def _segmenter_sha256(config: SynthesizeConfig) -> str:
-    """Of the segmenter that judges, "" without one; one that cannot be read is refused here, not on the workers."""
-    if faithfulness_of(config) is None:
-        return ""
-    from raysyn.cluster.model_store import local_copy
-    from raysyn.tasks.fitting import task_sha256
-
-    return task_sha256(local_copy(config.segmenter_dir))
-
-
-def segmenter_patients(config: SynthesizeConfig) -> tuple[str, ...]:
-    """Patients that the segmenter which judges was fitted on, as far as it names them."""
-    if not config.segmenter_dir:
-        return ()
-    return tuple(Storage.at(config.segmenter_dir).read_json("task.json").get("patients", []))
 
 
 def draw_missing(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> None:

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from raysyn.cluster import session
-from raysyn.cluster.session import ray_session, secure
+from raysyn.cluster.session import _quiet, ray_session, secure
 from raysyn.config import RayConfig
-from raysyn.types import UserError
+from raysyn.types import Resumable, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_SESSION = """
@@ -87,6 +88,26 @@ def test_workers_that_never_fit_are_refused_and_do_not_wait() -> None:
     gpu, cpu = ran.stdout.strip().splitlines()[-2:]
     assert gpu.startswith("workers.gpus_per_worker: 1 worker(s) of 1 GPU do not fit this machine's 0")
     assert cpu.startswith("workers.cpus_per_worker: 2 worker(s) of 1.5 CPU do not fit this machine's 2")
+
+
+def test_a_stop_is_no_fault_of_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.data.exceptions import omit_traceback_stdout
+
+    logged: list[str] = []
+    logger = logging.getLogger("ray.data.exceptions")
+    monkeypatch.setattr(logger, "handle", lambda record: logged.append(record.msg) if logger.filter(record) else None)
+    _quiet()
+
+    @omit_traceback_stdout
+    def ends(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(Resumable):
+        ends(Resumable("stopped by SIGTERM"))
+    assert logged == []
+    with pytest.raises(OSError, match="broken"):
+        ends(OSError("broken"))
+    assert logged, "a fault is still told"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import pytest
 
 from raysyn.cluster.sampler_actor import ShardWriter, SynthesisSpec, faithfulness_of, read_record, settings_of
 from raysyn.cluster.stage import lost_shards, open_stage
+from raysyn.cluster.synthesis_model import segmenter_patients
 from raysyn.cluster.synthesis_plan import probe
-from raysyn.cluster.synthesize import claim, finish, mask_ids, segmenter_patients
+from raysyn.cluster.synthesize import claim, finish, mask_ids
 from raysyn.config import SamplerConfig, SynthesizeConfig, SynthesizeJob, TaskConfig
 from raysyn.data.frames import read_arrays, read_frames, write_frames
 from raysyn.data.phantom import phantom_patient
