@@ -25,9 +25,9 @@ from raysyn.data.frames import read_arrays
 from raysyn.data.masks import warp_label_map
 from raysyn.diffusion.generate import num_network_evals
 from raysyn.labels import to_task_classes
-from raysyn.metrics.overlap import dice_by_region
+from raysyn.metrics.overlap import dice_by_region, mean_of_means
 from raysyn.pipeline import FittedModel, load_model_dir, synthesize_images
-from raysyn.tasks.segmentation import mean_dice, predict_label_maps, train_segmentation
+from raysyn.tasks.segmentation import predict_label_maps, train_segmentation
 from raysyn.types import FrameArrays
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,7 +83,7 @@ def dice_of(model: FittedModel, frames: dict[str, FrameArrays], sampler: Sampler
         seconds = seconds or seconds_here
     fitted = train_segmentation(sets["train"], sets["validation"], task)
     truth = to_task_classes(frames["test"].label_map)
-    return mean_dice(dice_by_region(predict_label_maps(fitted, frames["test"].image_u8), truth)), seconds
+    return mean_of_means(dice_by_region(predict_label_maps(fitted, frames["test"].image_u8), truth)), seconds
 
 
 def precision(storage: Path, path: Path, count: int = 32) -> None:
