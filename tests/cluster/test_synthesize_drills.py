@@ -267,23 +267,3 @@ def test_the_data_set_opens_without_our_code(undisturbed) -> None:
     card = Path(folder, "README.md").read_text()
     assert "samples.png" in card
     assert Path(folder, "samples.png").read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.mark.cluster
-def test_a_foreign_model_folder_ends_with_2_and_nothing_written(tmp_path, capsys) -> None:
-    from raysyn.cluster.job import run_job
-
-    stage, storage = "raysyn.cluster.synthesize:synthesize", tmp_path / "runs"
-    base = ["scale=tiny", f"storage={storage}", "tracking.enabled=false"]
-    foreign = tmp_path / "foreign"
-    for content, says in (
-        (None, "no model.json there"),
-        ("{}", "not a model of this version"),
-        ("{", "cannot be read"),
-    ):
-        if content is not None:
-            foreign.mkdir(exist_ok=True)
-            (foreign / "model.json").write_text(content)
-        assert run_job("synthesize", stage, [*base, f"model_dir={foreign}"]) == 2
-        assert says in capsys.readouterr().err.strip().splitlines()[-1]
-        assert not (storage / "synthesize").exists()
