@@ -28,11 +28,12 @@ from torch import Tensor
 from benchmarks.plain import plain_heun, ratio
 from raysyn.config import ModelConfig, NetConfig, VAEConfig
 from raysyn.diffusion.batching import probe_batch
-from raysyn.diffusion.generate import AMP_DTYPES, generate
+from raysyn.diffusion.generate import generate
 from raysyn.diffusion.loss import diffusion_loss
 from raysyn.models import build_denoiser, build_vae, describe
 from raysyn.nets.codecs import LatentCodec, PixelCodec
 from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
+from raysyn.nets.precision import AMP_DTYPES, amp_dtype, autocast
 from raysyn.nets.spade import one_hot_from_index
 
 COLUMNS = (
@@ -199,7 +200,7 @@ def agreement(case: Case) -> None:
 
 def caches(case: Case) -> None:
     """No modulations kept, all of them, and tables of neighbourhoods."""
-    with torch.inference_mode(), torch.autocast(case.bench.device.type, torch.bfloat16):
+    with torch.inference_mode(), autocast("bf16", case.bench.device):
         kept = case.denoiser.modulations(case.maps[: case.batch])
         whole = sum(t.numel() * t.element_size() for layer in kept for t in layer)
         del kept
@@ -213,7 +214,9 @@ def caches(case: Case) -> None:
 def fixed_shapes(case: Case, *, compile: bool) -> None:
     """The same with CUDA graphs, compiled or not, weights kept in bf16."""
     plain_net, largest = case.denoiser.net, case.batch
-    stored = store_weights(copy.deepcopy(plain_net), torch.bfloat16)
+    stored, dtype = copy.deepcopy(plain_net), amp_dtype("bf16", case.bench.device)
+    if dtype is not None:
+        store_weights(stored, dtype)
     backend = "inductor" if case.bench.device.type == "cuda" else "eager"
 
     def attempt(batch: int) -> None:
@@ -239,7 +242,7 @@ def training(bench: Bench, name: str, *, compile: bool) -> None:
 
     def step(batch: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(bench.device.type, torch.bfloat16):
+        with autocast("bf16", bench.device):
             loss = diffusion_loss(denoiser, images[:batch], maps[:batch]).loss
         loss.backward()
         optimizer.step()

@@ -15,9 +15,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from raysyn.compose import build
 from raysyn.config import ModelConfig
-from raysyn.diffusion.generate import AMP_DTYPES
 from raysyn.labels import NUM_CHANNELS, STRUCTURES, check_label_map, view_index
 from raysyn.nets.gamma_vae import GammaVAE
+from raysyn.nets.precision import AMP_DTYPES
 from raysyn.nets.unet import SemanticUNet
 from raysyn.pipeline import assemble, check_model_dir, guidance_doubt, save_model, synthesize_images
 from raysyn.types import VIEWS, UserError
@@ -84,7 +84,7 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
 
         Without `views` the maps say the view: 0 to 4 is 2CH, 5 to 9 the same structures in 4CH (the conditioning's
         channels, `raysyn.labels.semantic_index`). `seeds` one a map (0, 1, … unless given); `output_type` np or pil.
-        `amp` none, bf16 or fp16 is what the network works in.
+        `amp` none, bf16 or fp16 is what the network works in (fp32 on a CPU without arithmetic in it).
         The same seed and map give the same image in any batch on the same kind of device. Raises UserError for label
         values outside the set or a map of the wrong size.
         """

@@ -21,13 +21,14 @@ from torch import Tensor
 from raysyn.compose import build
 from raysyn.config import ModelConfig, SamplerConfig, to_dict
 from raysyn.data.storage import json_values
-from raysyn.diffusion.generate import AMP_DTYPES, generate
+from raysyn.diffusion.generate import generate
 from raysyn.diffusion.precondition import PRECONDITIONINGS, Denoiser
 from raysyn.labels import semantic_index
 from raysyn.models import check_nets
 from raysyn.nets.codecs import Codec, LatentCodec, PixelCodec
 from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
 from raysyn.nets.gamma_vae import GammaVAE
+from raysyn.nets.precision import amp_dtype
 from raysyn.nets.spade import one_hot_from_index
 from raysyn.nets.unet import SemanticUNet
 from raysyn.types import UserError
@@ -58,8 +59,8 @@ class FittedModel:
         Returns the net, whose `fallbacks` tell what could not be had. The model is for sampling alone afterwards.
         """
         net = self.denoiser.net
-        if amp in AMP_DTYPES:
-            store_weights(net, AMP_DTYPES[amp])
+        if (dtype := amp_dtype(amp, next(net.parameters()).device)) is not None:
+            store_weights(net, dtype)
         self.denoiser.net = fixed = FixedShapeNet(net)
         return fixed
 

@@ -13,13 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raysyn.config import FitConfig
+from raysyn.nets.precision import autocast
 from raysyn.training_batches import (
     Batch,
     Prefetcher,
@@ -134,11 +135,6 @@ def learning_rate(config: FitConfig, images_seen: int) -> float:
     return lr
 
 
-def autocast(config: FitConfig, device: torch.device) -> Any:
-    """bf16 autocast where the config asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16")
-
-
 def train(
     state: TrainState,
     objective: Objective,
@@ -220,7 +216,7 @@ def _backward(
 ) -> None:
     no_sync = getattr(module, "no_sync", None)
     with contextlib.nullcontext() if sync or no_sync is None else no_sync():
-        with autocast(config, parallel.device):
+        with autocast(config.amp, parallel.device):
             losses: SampleLosses = module(batch)
         # DDP takes the mean over ranks; this makes it the mean over the global batch however it is shared.
         (losses.total * (parallel.world_size / config.global_batch)).backward()

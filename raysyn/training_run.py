@@ -14,7 +14,8 @@ import torch
 
 from raysyn.config import FitConfig
 from raysyn.metrics.cost import gpu_energy_joules
-from raysyn.training import SIGMA_EDGES, Diverged, Objective, Parallel, Spike, StepReport, autocast, train
+from raysyn.nets.precision import autocast
+from raysyn.training import SIGMA_EDGES, Diverged, Objective, Parallel, Spike, StepReport, train
 from raysyn.training_state import CheckpointStore, Progress, TrainState, folder_of, progress_to_json
 
 
@@ -146,7 +147,7 @@ def validation_loss(state: TrainState, objective: Objective, config: FitConfig, 
         objective.module.eval()
         for start in range(0, len(mine), config.micro_batch):
             batch = objective.validation_batch(mine[start : start + config.micro_batch]).to(parallel.device)
-            with autocast(config, parallel.device):
+            with autocast(config.amp, parallel.device):
                 total += objective.module(batch).loss.double().sum()
         objective.module.train()
     return float(parallel.all_reduce(total)) / objective.num_validation

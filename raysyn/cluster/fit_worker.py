@@ -27,6 +27,7 @@ from raysyn.data.storage import Storage
 from raysyn.diffusion.batching import keep_freed_memory
 from raysyn.diffusion.ema import EMA
 from raysyn.metrics.cost import Cost, measured
+from raysyn.nets.precision import precision
 from raysyn.pipeline import save_model, weights_sha256
 from raysyn.tracking import Tracker
 from raysyn.training import Diverged, Parallel, StepReport, build_optimizer
@@ -224,6 +225,7 @@ def _save(
         "validation_loss": progress.validations[-1][1] if progress.validations else None,
         "best_validation_loss": progress.best_validation,
         "rollbacks": len(progress.rollbacks),
+        "precision": precision(job.fit.amp, next(state.model.parameters()).device),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "num_train_frames": len(built.train),
         "train_cpu_seconds": round(progress.cpu_seconds, 3),

@@ -28,12 +28,15 @@ class ModelSampler:
 
         from raysyn.cluster.model_store import open_model
         from raysyn.diffusion.batching import keep_freed_memory
+        from raysyn.nets.precision import precision
 
         torch.set_num_threads(spec.threads)
         keep_freed_memory()
-        self.model = open_model(spec.model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = open_model(spec.model_dir).to(device)
         self.sampler = SamplerConfig(**spec.settings["sampler"])
         self.config, self.decoding = spec.config, Cost()
+        self.precision = precision(spec.config.amp, device)
         self.cache_bytes = _cache_bytes(spec.config.modulation_cache_bytes)
         self.batch_size = spec.config.batch_size or self._fitting(Storage.at(spec.output))
         if spec.config.compile:

@@ -33,7 +33,10 @@ LOOK_UPS = 32  # at once, of shards in an object store: each is a round trip
 
 
 class Sampler(Protocol):
-    """Draws images uint8 [B, H, W] for label maps uint8 [B, H, W], views uint8 [B] and a seed each."""
+    """Draws images uint8 [B, H, W] for label maps uint8 [B, H, W], views uint8 [B] and a seed each.
+
+    It may have a `batch_size` (else the plan's), `decoding` (what its autoencoder cost) and a `precision`.
+    """
 
     def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray: ...
 
@@ -126,6 +129,7 @@ class ShardWriter:
             "seconds": round(cost.wall_seconds, 4),
             "cpu_seconds": round(cost.cpu_seconds, 4),
             "gpu_seconds": round(cost.gpu_seconds, 4),
+            "precision": getattr(self.sampler, "precision", "fp32"),
             "attempts": attempts,
             "below_min_faithfulness": below,
             "peak_memory_mb": round(cost.peak_memory_mb),

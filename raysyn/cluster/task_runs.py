@@ -179,6 +179,7 @@ def run_task(
     if done is not None:
         return done
     from raysyn.metrics.cost import measured
+    from raysyn.nets.precision import precision
     from raysyn.tasks.classification import evaluate_classification, train_classification
     from raysyn.tasks.segmentation import evaluate_segmentation, train_segmentation
 
@@ -208,6 +209,7 @@ def run_task(
         {
             "task": task.kind,
             "arch": task.arch,
+            "precision": precision(task.amp, next(fitted.net.parameters()).device),
             "by_frame": scores.pop("by_frame"),
             "scores": scores,
             "validation_score": fitted.best_score,

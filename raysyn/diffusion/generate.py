@@ -14,9 +14,8 @@ from raysyn.config import SamplerConfig
 from raysyn.diffusion.noise import noise_stream, seeded_noise, sigma_grid, sigma_range
 from raysyn.diffusion.precondition import Denoiser, Preconditioning
 from raysyn.diffusion.solvers import S_CHURN, SOLVERS
+from raysyn.nets.precision import autocast
 from raysyn.types import UserError
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def num_network_evals(sampler: SamplerConfig, precondition: Preconditioning) -> int:
@@ -55,7 +54,8 @@ def generate(
     """Sample x [B, *shape] fp32 (shape: channels, height, width of the model's own space) for maps [B, 10, H, W].
 
     Every random number of image i comes from seeds[i] alone; the solver's state is fp32, only the network runs in
-    `amp`. The modulations of SPADE are computed once and shared by all evaluations as far as the cache reaches.
+    `amp` (`raysyn.nets.precision`). The modulations of SPADE are computed once and shared by all evaluations as far as
+    the cache reaches.
     Raises UserError where maps and seeds differ in number.
     """
     if len(seeds) != one_hot.shape[0]:
@@ -63,8 +63,7 @@ def generate(
     device = one_hot.device
     sigmas = sigma_grid(sampler, denoiser.precondition)
     x = (seeded_noise(seeds, shape) * sigmas[0]).float().to(device)
-    dtype = AMP_DTYPES.get(amp)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+    with autocast(amp, device):
         denoise = _guided(denoiser, one_hot, sampler, modulation_cache_bytes)
         return _solver(sampler)(denoise, x, sigmas, **_solver_options(denoiser.precondition, sampler, seeds, shape))
 

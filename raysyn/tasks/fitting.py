@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from raysyn.compose import build
 from raysyn.config import AugmentConfig, TaskConfig, to_dict
 from raysyn.data.storage import json_values
+from raysyn.nets.precision import autocast
 from raysyn.training_batches import frames_at, generator_of, torch_seed, warp_matrices, warp_pair
 from raysyn.types import FrameArrays, UserError
 
@@ -217,7 +218,7 @@ def _step(
     net.train()
     image_01, label, index = task_batch(frames, positions, task)
     x = normalise(image_01, task.normalise).to(device).contiguous(memory_format=layout)
-    with torch.autocast(device.type, torch.bfloat16, enabled=task.amp == "bf16"):
+    with autocast(task.amp, device):
         logits = net(x)
     loss = loss_of(logits.float(), label.to(device), index, frames)
     if not torch.isfinite(loss):
