@@ -84,7 +84,7 @@ class SemanticDiffusionPipeline(DiffusionPipeline):
 
         Without `views` the maps say the view: 0 to 4 is 2CH, 5 to 9 the same structures in 4CH (the conditioning's
         channels, `raysyn.labels.semantic_index`). `seeds` one a map (0, 1, … unless given); `output_type` np or pil.
-        `amp` none, bf16 or fp16 is what the network works in (fp32 on a CPU without arithmetic in it).
+        `amp` none, bf16 or fp16 is what the network works in (fp32 on devices without arithmetic in it).
         The same seed and map give the same image in any batch on the same kind of device. Raises UserError for label
         values outside the set or a map of the wrong size.
         """

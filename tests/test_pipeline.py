@@ -156,7 +156,7 @@ def test_bad_maps_are_one_clear_error(folder, maps, change, says: str) -> None:
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_made_ready_for_fixed_shapes_a_model_draws_the_same_bits(folder, maps, monkeypatch, amp: str) -> None:
     monkeypatch.setattr("raysyn.pipeline.FixedShapeNet", partial(FixedShapeNet, backend="eager"))
-    monkeypatch.setattr("raysyn.nets.precision.cpu_computes_in", lambda amp: True)
+    monkeypatch.setattr("raysyn.nets.precision.computes_in", lambda amp, kind: True)
     model, views = load_model_dir(folder), np.array([0, 1, 0, 1], np.uint8)
     sampler = dataclasses.replace(model.config.sampler, num_steps=2)
     before = synthesize_images(model, maps, views, [1, 2, 3, 4], sampler, amp=amp)

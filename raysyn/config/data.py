@@ -57,8 +57,8 @@ class SynthesizeConfig:
 
     `batch_size` 0 is as many as the device holds, which each worker finds out by a probe (32 on a CPU). `compile` makes
     each worker compile the net for the batch's shape first: minutes on a GPU, then less time an image.
-    `modulation_cache_bytes` null is 1 GiB on a CPU and a quarter of a GPU's memory. `amp` bf16 or fp16 is fp32 on a CPU
-    that has no arithmetic in it.
+    `modulation_cache_bytes` null is 1 GiB on a CPU and a quarter of a GPU's memory. `amp` bf16 or fp16 is fp32 on
+    devices without arithmetic in it.
     """
 
     mask_splits: list[str] = field(default_factory=lambda: ["train", "validation"])

@@ -56,7 +56,7 @@ class FitConfig:
     """How a net is fitted. `num_images` counts images seen; `global_batch` holds for any number of workers.
 
     `latents` precomputed: a latent model's images are encoded once, as they are and in `latent_copies`-1 fixed warps;
-    on_the_fly: each image is warped and encoded anew each time. `amp` bf16 is fp32 on a CPU that has no bf16 arithmetic.
+    on_the_fly: each image is warped and encoded anew each time. `amp` bf16 is fp32 on devices without bf16 arithmetic.
     """
 
     num_images: int = 500_000

@@ -15,7 +15,7 @@ class TaskConfig:
 
     `augmentation` affine moves image and map alike and varies the grey levels; randaugment (classification, as
     published) draws two operations a frame (arXiv:1909.13719). `augment_strength` 0 turns either off.
-    `amp` bf16 is fp32 on a CPU that has no bf16 arithmetic.
+    `amp` bf16 is fp32 on devices without bf16 arithmetic.
     """
 
     kind: str = "segmentation"

@@ -55,6 +55,8 @@ def _explain(error: OSError) -> str | None:
         return "no permission; change its mode or choose another place"
     if error.errno == errno.ENOTDIR or isinstance(error, NotADirectoryError | FileExistsError):
         return "a file stands where a folder should be; remove it or choose another storage="
+    if error.errno == errno.EISDIR or text.endswith("is a directory"):  # pyarrow's own words, without a number
+        return "a folder stands where a file should be; move it elsewhere"
     if error.errno == errno.ENAMETOOLONG or "[errno 36]" in text:
         return "a name in it is too long; choose a shorter place"
     if error.errno is None and "AWS Error" in text:

@@ -12,19 +12,22 @@ CPU_ARITHMETIC = {"bf16": ("amx_bf16", "avx512_bf16", "bf16"), "fp16": ("amx_fp1
 
 
 @cache
-def cpu_computes_in(amp: str) -> bool:
-    """Whether this CPU multiplies in `amp` (bf16, fp16) itself. Others convert number by number, 4 to 50 times slower
-    than fp32 (benchmarks/README.md)."""
-    has = torch.cpu.get_capabilities()
+def computes_in(amp: str, device_type: str) -> bool:
+    """Whether devices of this kind multiply in `amp` (bf16, fp16) themselves.
+
+    A CPU that does not converts number by number, 4 to 50 times slower than fp32 (benchmarks/README.md). GPUs before
+    Ampere (V100, T4) have fp16 but no bf16.
+    """
+    if device_type == "cuda":
+        return amp == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities() if device_type == "cpu" else {}
     return torch.backends.mkldnn.is_available() and any(has.get(name, False) for name in CPU_ARITHMETIC[amp])
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The dtype of convolutions and matrix products under `amp` (none, bf16, fp16) on `device`; None where that is fp32:
-    for none, and on a CPU without arithmetic in `amp`."""
-    if amp not in AMP_DTYPES or (device.type == "cpu" and not cpu_computes_in(amp)):
-        return None
-    return AMP_DTYPES[amp]
+    for none, and on a device without arithmetic in `amp`."""
+    return AMP_DTYPES[amp] if amp in AMP_DTYPES and computes_in(amp, device.type) else None
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:

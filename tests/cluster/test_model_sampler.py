@@ -48,7 +48,7 @@ def made(monkeypatch, output="", **options) -> tuple[ModelSampler, Model, list[i
 
 
 def test_a_batch_that_does_not_fit_is_drawn_in_halves(monkeypatch) -> None:
-    monkeypatch.setattr("raysyn.nets.precision.cpu_computes_in", lambda amp: True)
+    monkeypatch.setattr("raysyn.nets.precision.computes_in", lambda amp, kind: True)
     sampler, model, batches = made(monkeypatch, amp="bf16", compile=True)
     images = sampler(np.zeros((10, 4, 4), np.uint8), np.zeros(10, np.uint8), list(range(10)))
     assert images[:, 0, 0].tolist() == list(range(10))

@@ -148,6 +148,19 @@ def test_a_file_where_a_folder_should_be(tmp_path) -> None:
         Storage.at(tmp_path / "runs").write_atomic("a/b.bin", b"1")
 
 
+def test_a_folder_where_a_file_should_be(tmp_path) -> None:
+    (tmp_path / "a.json").mkdir()
+    storage = Storage.at(tmp_path)
+    for touch in (
+        lambda: storage.read_json("a.json"),
+        lambda: storage.write_json("a.json", {}),
+        lambda: storage.remove("a.json"),
+    ):
+        with pytest.raises(UserError, match=r"a\.json: a folder stands where a file should be"):
+            touch()
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
 def test_where_nothing_can_be_written_is_known_without_writing(tmp_path) -> None:
     Storage.at(tmp_path / "not" / "there yet").check_writable()
     (tmp_path / "file").write_text("oops")

@@ -12,7 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+
+from raysyn.compose import build
+from raysyn.config import ModelConfig, fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = (
@@ -111,6 +115,22 @@ def test_curves_and_every_part_of_the_cost_are_in_the_report(study) -> None:
         assert 0 <= float(row["realism/faithfulness"]) <= 1
         assert float(row["realism/memorisation_copy_rate"]) >= 0
     assert (storage / "report" / "pictures" / "edm_dpmpp_2m_2_nearest.png").is_file()
+
+
+def test_shards_and_manifests_name_the_model_they_are_of_and_what_it_worked_in(study) -> None:
+    storage, _ = study
+    sets = list(storage.glob("synthesize/*/manifest.json"))
+    assert sets
+    for path in sets:
+        manifest = json.loads(path.read_text())
+        model = build(ModelConfig, json.loads(Path(manifest["model_dir"], "model.json").read_text())["config"])
+        for shard in manifest["shards"]:
+            metadata = pq.read_schema(path.parent / shard["name"]).metadata
+            assert metadata[b"raysyn_model_fingerprint"].decode() == fingerprint(model)
+            assert metadata[b"raysyn_checkpoint_sha256"].decode() == manifest["checkpoint_sha256"]
+    for kind in ("fit", "task", "synthesize"):
+        found = {json.loads(path.read_text())["precision"] for path in storage.glob(f"{kind}/*/manifest.json")}
+        assert found == {"fp32"}, kind
 
 
 def test_mlflow_has_a_run_a_row_with_the_three_families(study) -> None:

@@ -117,7 +117,7 @@ def test_attention_goes_through_the_fused_kernel_in_either_memory_format(vae: Ga
     image, sector = batch()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():  # which raises where it would refuse
         latents = [vae.to(memory_format=form).encode(image, sector).mean for form in (PLAIN, torch.channels_last)]
-    assert torch.allclose(*latents, atol=1e-5)
+    assert torch.allclose(*latents, rtol=1e-4, atol=1e-5)
 
 
 def test_published_size_has_activations_between_its_convolutions() -> None:

@@ -1,9 +1,11 @@
-"""What `amp` comes to: a CPU without arithmetic in bf16 works in fp32, bit by bit; one that has it, and any GPU, in bf16."""
+"""What `amp` comes to: a device without arithmetic in bf16 works in fp32, bit by bit; one that has it in bf16."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from raysyn.nets.precision import amp_dtype, autocast, cpu_computes_in, precision
+from raysyn.nets.precision import amp_dtype, autocast, computes_in, precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -15,11 +17,11 @@ def cpu_has(monkeypatch):
     def give(*names: str, mkldnn: bool = True) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **dict.fromkeys(names, True)})
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
-        cpu_computes_in.cache_clear()
+        computes_in.cache_clear()
 
     yield give
     monkeypatch.undo()
-    cpu_computes_in.cache_clear()
+    computes_in.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,17 @@ def cpu_has(monkeypatch):
 def test_a_cpu_works_in_what_it_has_arithmetic_in(cpu_has, names, bf16: str, fp16: str) -> None:
     cpu_has(*names)
     assert [precision(amp, CPU) for amp in ("none", "bf16", "fp16")] == ["fp32", bf16, fp16]
-    assert [precision(amp, GPU) for amp in ("none", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize(("capability", "bf16"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_a_gpu_before_ampere_has_no_bf16(monkeypatch, capability, bf16: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    computes_in.cache_clear()
+    assert [precision(amp, GPU) for amp in ("none", "bf16", "fp16")] == ["fp32", bf16, "fp16"]
+    computes_in.cache_clear()
 
 
 def test_arithmetic_that_torch_cannot_reach_is_none(cpu_has) -> None:
