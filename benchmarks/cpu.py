@@ -27,6 +27,7 @@ from raysyn.diffusion.generate import generate
 from raysyn.models import build_denoiser, build_vae
 from raysyn.nets.codecs import LatentCodec, PixelCodec
 from raysyn.nets.fixed_shape import FixedShapeNet, store_weights
+from raysyn.nets.precision import amp_dtype
 from raysyn.report.write import machine
 
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"
@@ -85,7 +86,9 @@ def against_plain(
         difference = float((ours("none", few) - plain()).abs().max())
         assert difference < 1e-3 * float(plain().abs().max()), f"the two procedures differ by {difference}"
     if compiled:
-        denoiser.net = net = FixedShapeNet(store_weights(denoiser.net, torch.bfloat16), graphs=False)
+        if (dtype := amp_dtype("bf16", torch.device("cpu"))) is not None:
+            store_weights(denoiser.net, dtype)
+        denoiser.net = net = FixedShapeNet(denoiser.net, graphs=False)
         ours()
         assert not net.fallbacks, net.fallbacks
     ratios, ours_seconds, plain_seconds = measure(ours, plain, 5 if num_steps < 10 else 3)
@@ -150,15 +153,19 @@ def main() -> None:
 
 
 def write_rows(rows: list[list], renew: bool = True) -> None:
-    """Write `rows` (name, size, ratios, seconds of ours, of the other) and print them. Without `renew` others stay."""
-    cells = {}
-    if not renew:
-        with RESULTS.open(newline="") as file:
-            cells = {(row[0], row[1]): row for row in list(csv.reader(file))[1:]}
+    """Write `rows` (name, size, ratios, seconds of ours, of the other) and print them.
+
+    Other machines' rows stay; without `renew` this one's others too.
+    """
+    with RESULTS.open(newline="") as file:
+        known = list(csv.DictReader(file))
+    cells = {(row["name"], row["size"], row["machine"]): list(row.values()) for row in known}
+    if renew:
+        cells = {key: row for key, row in cells.items() if key[2] != machine()}
     for name, size, ratios, ours, other in rows:
         numbers = [statistics.median(ratios), min(ratios), max(ratios), ours, other]
         said = [f"{v:.4g}" for v in numbers]
-        cells[name, str(size)] = [name, str(size), *said, machine(), datetime.date.today().isoformat()]
+        cells[name, str(size), machine()] = [name, str(size), *said, machine(), datetime.date.today().isoformat()]
         print(f"{name} ({size} px): {numbers[0]:.3f} [{numbers[1]:.3f}, {numbers[2]:.3f}]")
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:

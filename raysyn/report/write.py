@@ -178,14 +178,17 @@ def _file_name(name: str) -> str:
 
 
 def machine() -> str:
-    """The machine in words: processor, cores, and graphics cards where the driver names them."""
+    """The machine in words: processor, cores, whether it multiplies in bf16, and graphics cards that the driver names."""
+    from raysyn.nets.precision import computes_in
+
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = named[0].partition(":")[2].strip() if named else name
     cards = _graphics_cards()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores" + (f", {cards}" if cards else "")
+    name += f", {len(os.sched_getaffinity(0))} cores, {'bf16' if computes_in('bf16', 'cpu') else 'no bf16'}"
+    return f"{name}, {cards}" if cards else name
 
 
 def _graphics_cards() -> str:
