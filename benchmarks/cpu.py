@@ -169,7 +169,7 @@ def write_rows(rows: list[list], renew: bool = True) -> None:
         print(f"{name} ({size} px): {numbers[0]:.3f} [{numbers[1]:.3f}, {numbers[2]:.3f}]")
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *cells.values()])
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *cells.values()])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,36 @@ class Table(NamedTuple):
 
 
 Kept = Modulation | Table | None
+
+
+@dataclass
+class Plan:
+    """How the modulation of a layer may be kept: in `bytes`, as maps, or as a table of `places` where that is smaller."""
+
+    layer: Spade
+    side: int
+    gain: float  # work saved
+    maps: int  # bytes of it as maps
+    bytes: int
+    places: Neighbourhoods | None
+
+
+def affordable(plans: list[Plan], budget_bytes: float) -> tuple[list[Plan], float]:
+    """The plans that fit into the budget by most work saved a byte, and what of it is left.
+
+    What is left makes maps of tables, which are slower to use, first where a table saves the least.
+    """
+    chosen = []
+    for plan in sorted(plans, key=lambda plan: (-plan.gain / plan.bytes, plan.layer.index)):
+        if plan.bytes <= budget_bytes:
+            chosen.append(plan)
+            budget_bytes -= plan.bytes
+    for i in sorted(range(len(chosen)), key=lambda i: -chosen[i].bytes / chosen[i].maps):
+        plan = chosen[i]
+        if plan.places is not None and plan.maps - plan.bytes <= budget_bytes:
+            budget_bytes -= plan.maps - plan.bytes
+            chosen[i] = replace(plan, bytes=plan.maps, places=None)
+    return chosen, budget_bytes
 
 
 class Neighbourhoods:

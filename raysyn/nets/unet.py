@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from raysyn.config import NetConfig
 from raysyn.labels import NUM_CHANNELS
 from raysyn.nets.blocks import Block, FourierEmbedding, PlainNorm, PositionalEmbedding, ResampleConv, initialise
-from raysyn.nets.spade import Conditioning, Kept, Neighbourhoods, Spade
+from raysyn.nets.spade import Conditioning, Kept, Neighbourhoods, Plan, Spade, affordable
 from raysyn.types import UserError
 
 
@@ -220,7 +220,8 @@ class SemanticUNet(ModelMixin, ConfigMixin):
 
         Where not all fits into the budget, a layer whose map has few distinct neighbourhoods is kept as a table of them
         (2 to 7 times slower to use than maps, many times faster than convolutions) unless `tables` is false, and the
-        layers that save most work a byte are kept first. No bit of an output changes.
+        layers that save most work a byte are kept first; what is left then makes maps of tables. No bit of an output
+        changes.
         """
         batch, device = one_hot.shape[0], one_hot.device.type
         layers = self.spade_sizes()
@@ -241,13 +242,17 @@ class SemanticUNet(ModelMixin, ConfigMixin):
             if places is not None and places.index is not None:
                 small = 2 * item * layer.norm.num_channels * len(places.first) + 4 * places.index.numel()
             gain = layer.cost(batch * side * side) + OVERHEAD
-            plans.append((gain / min(size, small), min(size, small), layer, side, places if small < size else None))
+            plans.append(Plan(layer, side, gain, size, min(size, small), places if small < size else None))
         kept: list[Kept] = [None] * len(layers)
-        for _, size, layer, side, table in sorted(plans, key=lambda plan: (-plan[0], plan[2].index)):
-            if size <= budget_bytes:
-                full = layer.modulation(conditioning.at((side, side)))
-                kept[layer.index] = full if table is None else layer.tabled(full, table)
-                budget_bytes -= size if kept[layer.index] is not None else 0
+        chosen, spare = affordable(plans, budget_bytes)
+        for plan in chosen:
+            full = plan.layer.modulation(conditioning.at((plan.side, plan.side)))
+            kept[plan.layer.index] = full if plan.places is None else plan.layer.tabled(full, plan.places)
+            if kept[plan.layer.index] is None:
+                spare += plan.bytes
+                if plan.maps <= spare:
+                    kept[plan.layer.index] = full
+                    spare -= plan.maps
         return kept
 
     def forward(

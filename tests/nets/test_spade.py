@@ -110,6 +110,27 @@ def test_any_budget_is_kept_and_changes_no_bit(kernel: int) -> None:
     assert all(type(layer) is tuple for layer in model.modulations(m, whole))
 
 
+def test_what_is_left_of_the_budget_makes_maps_of_tables() -> None:
+    model, m = net(), blobs()
+    with torch.no_grad():
+        whole = bytes_of(model.modulations(m))
+        kept = [model.modulations(m, whole * part) for part in (0.4, 0.6, 0.99)]
+    tables = [sum(type(layer) is Table for layer in layers) for layers in kept]
+    assert tables[0] > tables[1] > tables[2]
+    assert all(None not in layers for layers in kept)
+    assert bytes_of(kept[1]) > 0.9 * 0.6 * whole
+
+
+def test_maps_are_kept_where_no_table_gives_back_every_bit(monkeypatch) -> None:
+    model, m = net(), blobs()
+    monkeypatch.setattr(Spade, "tabled", lambda self, full, places: None)
+    with torch.no_grad():
+        whole = bytes_of(model.modulations(m))
+        kept = model.modulations(m, whole // 2)
+    assert all(type(layer) is not Table for layer in kept)
+    assert 0.3 * whole < bytes_of(kept) <= whole // 2
+
+
 def test_where_nothing_repeats_the_budget_goes_to_the_most_work_a_byte() -> None:
     model, m = net(), torch.rand(2, 10, 32, 32)
     with torch.no_grad():
