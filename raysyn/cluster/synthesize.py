@@ -244,7 +244,7 @@ def finish(config: SynthesizeJob, stage: StageDir, spec: SynthesisSpec) -> Outco
         "num_rejected": attempts - images,
         "below_min_faithfulness": sum(r["below_min_faithfulness"] for r in records),
         "num_function_evals": spec.num_function_evals,
-        "precision": ", ".join(sorted({r.get("precision", spec.config.amp) for r in records})),
+        "precision": ", ".join(sorted({r.get("precision", "unknown") for r in records})),
         **totals,
         **peaks,
         "energy_joules": None if None in energies else sum(energies),

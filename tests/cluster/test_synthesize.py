@@ -110,9 +110,12 @@ def test_the_quality_gate_retries_under_new_seeds_and_counts_them(frames, tmp_pa
     assert any(f.provenance.noise_seed not in first for f in found)
     for other in spec.plan.shards():
         writer.write(other)
+    earlier = {key: value for key, value in record.items() if key != "precision"}  # of before it was kept
+    Storage.at(spec.output).write_json(shard.record, earlier)
     judged = dataclasses.replace(spec, segmenter_fitted_on=("p1",))
     manifest = finish(SynthesizeJob(), open_stage(str(tmp_path / "runs"), "synthesize", "drill"), judged).manifest
     assert (manifest["fitted_on"], manifest["segmenter_fitted_on"]) == ([], ["p1"])
+    assert manifest["precision"] == "fp32, unknown"
 
 
 def test_another_data_sets_folder_is_refused(frames, tmp_path) -> None:

@@ -10,6 +10,14 @@ from raysyn.nets.precision import amp_dtype, autocast, computes_in, precision
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What this machine has is remembered: not from one test to another, nor after them."""
+    computes_in.cache_clear()
+    yield
+    computes_in.cache_clear()
+
+
 @pytest.fixture
 def cpu_has(monkeypatch):
     """Give this CPU the capabilities named, and no others."""
@@ -17,11 +25,8 @@ def cpu_has(monkeypatch):
     def give(*names: str, mkldnn: bool = True) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **dict.fromkeys(names, True)})
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
-        computes_in.cache_clear()
 
-    yield give
-    monkeypatch.undo()
-    computes_in.cache_clear()
+    return give
 
 
 @pytest.mark.parametrize(
@@ -45,9 +50,7 @@ def test_a_gpu_before_ampere_has_no_bf16(monkeypatch, capability, bf16: str) -> 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    computes_in.cache_clear()
     assert [precision(amp, GPU) for amp in ("none", "bf16", "fp16")] == ["fp32", bf16, "fp16"]
-    computes_in.cache_clear()
 
 
 def test_arithmetic_that_torch_cannot_reach_is_none(cpu_has) -> None:
