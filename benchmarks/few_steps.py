@@ -1,9 +1,10 @@
 """Few-step study: network evaluations against task Dice, for every solver and for grids at the cheapest count.
 
 `python -m benchmarks.few_steps runs/demo --seconds 500` goes on where it was and stops after so many seconds; what is
-measured lies in benchmarks/results/few_steps.csv, a row a (model, sampler, seed). `--plot` draws few_steps.png and
-names the cheapest sampler within the noise of the best. A seed stands for its own draw of masks, warps and noise and
-its own training of the task; every sampler of a seed has the same masks and the same starting noise.
+measured lies in benchmarks/results/few_steps.csv (`--into` names another file), a row a (model, sampler, seed). `--plot`
+draws few_steps.png and names the cheapest sampler within the noise of the best. A seed stands for its own draw of masks,
+warps and noise and its own training of the task; every sampler of a seed has the same masks and the same starting noise.
+Test patients are phantom patients of this study alone, so that what it chooses is not chosen on those of any table.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from raysyn.compose import load_job
 from raysyn.config import SamplerConfig, TaskConfig, WarpConfig
 from raysyn.data.frames import read_arrays
 from raysyn.data.masks import warp_label_map
+from raysyn.data.phantom import phantom_patient
 from raysyn.diffusion.generate import num_network_evals
 from raysyn.labels import to_task_classes
 from raysyn.metrics.overlap import dice_by_region, mean_of_means
@@ -37,6 +39,7 @@ COLUMNS = (
     *("dice", "cpu_seconds_per_image", "num_frames", "task_steps"),
 )
 NUM_TRAIN, NUM_VALIDATION, TASK_STEPS, TASK_BATCH = 160, 24, 240, 8
+TEST_PATIENTS = range(10_000, 10_075)  # of the phantom's seed 0; a study's own patients count from 0
 SEEDS = (0, 1)
 EVALUATIONS = {  # ddim without noise is euler in these units; generalised with the linear schedule is heun
     "dpmpp_2m": (3, 5, 9, 2),
@@ -46,7 +49,10 @@ EVALUATIONS = {  # ddim without noise is euler in these units; generalised with 
     "ddpm": (5, 9),
     "stochastic_heun": (5, 9),
 }
-GRIDS = {"edm_l128": [(5.0, 7.0), (2.5, 7.0), (20.0, 7.0), (80.0, 7.0), (10.0, 3.0), (10.0, 10.0)]}
+GRIDS = {  # other grids than the model's own at the cheapest count that works
+    "edm_l128": [(5.0, 7.0), (2.5, 7.0), (20.0, 7.0), (80.0, 7.0), (10.0, 3.0), (10.0, 10.0)],
+    "edm_l64": [(5.0, 7.0), (10.0, 7.0), (80.0, 7.0)],  # measured at laptop size, whose own sigma_max is 20
+}
 GRID_EVALUATIONS = 3
 WORKS = 0.02  # Dice
 DICE_TICKS = (0.5, 0.7, 0.8, 0.9, 0.94, 0.95, 0.96)
@@ -75,16 +81,28 @@ def draw(model: FittedModel, masks: FrameArrays, sampler: SamplerConfig, seed: i
     return dataclasses.replace(masks, image_u8=np.concatenate(images), label_map=maps), seconds
 
 
-def dice_of(model: FittedModel, frames: dict[str, FrameArrays], sampler: SamplerConfig, task: TaskConfig) -> tuple:
-    """(mean Dice on the test frames, CPU seconds an image) of a task trained on what `sampler` draws."""
+def test_frames(image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(images, task classes) of the patients that this study tests on."""
+    frames = [frame for patient in TEST_PATIENTS for frame in phantom_patient(0, patient, image_size)]
+    return np.stack([f.image for f in frames]), to_task_classes(np.stack([f.label_map for f in frames]))
+
+
+def dice_of(
+    model: FittedModel,
+    frames: dict[str, FrameArrays],
+    tested: tuple[np.ndarray, np.ndarray],
+    sampler: SamplerConfig,
+    task: TaskConfig,
+) -> tuple[float, float]:
+    """(mean Dice on the frames `tested`, CPU seconds an image) of a task trained on what `sampler` draws."""
     sets, seconds = {}, 0.0
     for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
         chosen = np.random.default_rng(task.seed).permutation(len(frames[split]))[:count]
         sets[split], seconds_here = draw(model, frames[split].take(chosen), sampler, task.seed)
         seconds = seconds or seconds_here
     fitted = train_segmentation(sets["train"], sets["validation"], task)
-    truth = to_task_classes(frames["test"].label_map)
-    return mean_of_means(dice_by_region(predict_label_maps(fitted, frames["test"].image_u8), truth)), seconds
+    images, truth = tested
+    return mean_of_means(dice_by_region(predict_label_maps(fitted, images), truth)), seconds
 
 
 def precision(storage: Path, path: Path, count: int = 32) -> None:
@@ -123,7 +141,8 @@ def measure(storage: Path, path: Path, seconds: float, names: list[str]) -> bool
     done = {tuple(row[c] for c in COLUMNS[:7]) for row in read(path)}
     for manifest in sorted((m for m in manifests if m["model"] in names), key=lambda m: names.index(m["model"])):
         model = load_model_dir(manifest["model_dir"])
-        frames = {split: read_arrays(manifest["frames"], split) for split in ("train", "validation", "test")}
+        frames = {split: read_arrays(manifest["frames"], split) for split in ("train", "validation")}
+        tested = test_frames(frames["train"].image_u8.shape[-1])
         for sampler in samplers(manifest["model"], model.config.sampler):
             count = num_network_evals(sampler, model.denoiser.precondition)
             own = (manifest["model"], sampler.solver, sampler.num_steps, count, sampler.sigma_max, sampler.rho)
@@ -134,7 +153,7 @@ def measure(storage: Path, path: Path, seconds: float, names: list[str]) -> bool
                 if time.monotonic() > stop:
                     return False
                 run = dataclasses.replace(task, num_steps=TASK_STEPS, batch_size=TASK_BATCH, seed=seed)
-                dice, cost = dice_of(model, frames, sampler, run)
+                dice, cost = dice_of(model, frames, tested, sampler, run)
                 write(path, (*cell, f"{dice:.5f}", f"{cost:.5f}", NUM_TRAIN, TASK_STEPS))
     return True
 
@@ -217,13 +236,16 @@ def main() -> None:
     parser.add_argument("storage", nargs="?", type=Path, default=Path("runs/demo"), help="storage of a finished demo")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--models", nargs="+", default=["edm_l128", "edm"])
+    parser.add_argument(
+        "--into", default="few_steps.csv", help="file of benchmarks/results/ for models of another size"
+    )
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--precision", action="store_true", help="only bf16 and fp16 against fp32, into precision.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.precision:
         return precision(options.storage, RESULTS / "precision.csv")
-    path = RESULTS / "few_steps.csv"
+    path = RESULTS / options.into
     if not options.plot and not measure(options.storage, path, options.seconds, options.models):
         print("not all measured yet: run it again")
     noise, chosen = summary(read(path))

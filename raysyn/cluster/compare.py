@@ -26,7 +26,8 @@ from raysyn.config import (
 from raysyn.data.storage import Storage
 from raysyn.types import Outcome, UserError
 
-TASKS = ("segmentation", "classification")
+TASKS = ("classification", "segmentation")
+SEGMENTER = "segmenter"  # the key of its node
 ROW_DECIDES = ("real_fraction", "mixing", "seed")  # of a task: what tells rows and points of a curve apart
 
 
@@ -74,14 +75,11 @@ def study_nodes(config: CompareJob, rows: list[Row]) -> list[Node]:
     """The graph of the study in topological order, longest chains first."""
     nodes = [Node("prepare", _stage("inputs", "prepare", _job(PrepareJob, config)))]
     nodes += _fit_nodes(config)
-    nodes += [n for task in TASKS for n in _task_nodes(config, rows[0], task, tuned=False)]
-    nodes += [_measure_node(config, rows[0])]
-    for row in rows[1:]:
-        nodes.append(_set_node(config, row))
-    first = next((r for r in rows if r.kind == "synthetic"), rows[0])
-    nodes.append(_tune_node(config, first))
-    for row in rows[1:]:
-        nodes += [n for task in ("classification", "segmentation") for n in _task_nodes(config, row, task, tuned=True)]
+    nodes += [_segmenter_node(config)]
+    nodes += [_set_node(config, row) for row in rows[1:]]
+    nodes.append(_tune_node(config, next(r for r in rows if r.kind == "synthetic")))
+    for row in rows:
+        nodes += [n for task in TASKS for n in _task_nodes(config, row, task)]
         nodes.append(_measure_node(config, row))
     return nodes + [_curve_node(config, point) for point in curve_points(config, rows)]
 
@@ -121,22 +119,29 @@ def _run_control(job: FitJob, name: str, seed: int, prepared: Outcome, autoencod
 
 def _tune_node(config: CompareJob, row: Row) -> Node:
     job = _job(TuneJob, config, task=config.segmentation, search=config.search)
-    needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
-    return Node("tune segmentation", partial(_run_tune, job), needs)
+    return Node("tune segmentation", partial(_run_tune, job), ("prepare", f"set {row.key}"))
 
 
-def _run_tune(job: TuneJob, prepared: Outcome, train_set: Outcome | None = None) -> Outcome:
+def _run_tune(job: TuneJob, prepared: Outcome, train_set: Outcome) -> Outcome:
     from raysyn.cluster.tune import tune
 
-    return tune(dataclasses.replace(job, train_sets=[(train_set or prepared).manifest["frames"]]))
+    return tune(dataclasses.replace(job, train_sets=[train_set.manifest["frames"]]))
 
 
-def _task_nodes(config: CompareJob, row: Row, kind: str, *, tuned: bool) -> list[Node]:
+def _segmenter_node(config: CompareJob) -> Node:
+    """The judge of faithfulness: trained on the prepared frames before any set-up is searched."""
+    run = partial(_run_task, _job(JobConfig, config), config.segmentation, "ceiling", False, 1.0)
+    return Node(SEGMENTER, run, ("prepare",), num_cpus=1, num_gpus=config.workers.gpus_per_worker)
+
+
+def _task_nodes(config: CompareJob, row: Row, kind: str) -> list[Node]:
+    """A task's trainings on a row's frames. Every row has the set-up that was searched, the ceiling as well: they differ
+    in what they are trained on alone."""
     nodes = []
     for seed in range(config.num_task_seeds):
         task: TaskConfig = dataclasses.replace(getattr(config, kind), seed=getattr(config, kind).seed + seed)
         needs: tuple[str, ...] = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}")
-        use = tuned and kind == "segmentation"
+        use = kind == "segmentation"
         run = partial(_run_task, _job(JobConfig, config), task, row.kind, use, 1.0)
         gpus = config.workers.gpus_per_worker
         needs += ("tune segmentation",) if use else ()
@@ -163,31 +168,33 @@ def _run_task(
     train_set = prepared if kind == "ceiling" else inputs[1]
     if use_tuned:
         searched = inputs[-1].manifest
-        task, threshold = dataclasses.replace(task, **searched["best_task"]), searched["best_min_faithfulness"]
+        task = dataclasses.replace(task, **searched["best_task"])
+        threshold = 0.0 if kind == "ceiling" else searched["best_min_faithfulness"]
     sets, real = [train_set.manifest["frames"]], prepared.manifest["frames"]
     return run_task(job, task, sets, real, min_faithfulness=threshold, set_share=set_share)
 
 
 def _measure_node(config: CompareJob, row: Row) -> Node:
-    needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}", "segmentation ceiling seed 0")
+    needs = ("prepare",) if row.kind == "ceiling" else ("prepare", f"set {row.key}", SEGMENTER)
     return Node(
         f"realism {row.key}", partial(_run_realism, _job(JobConfig, config), config.extractors), needs, num_cpus=1
     )
 
 
 def _run_realism(job: JobConfig, extractors: list[str], prepared: Outcome, *inputs: Outcome) -> Outcome:
-    """Realism of a training set against the held-out test frames, faithfulness by the ceiling's segmenter.
+    """Realism of a training set against the held-out test frames, faithfulness by the study's segmenter.
 
-    `inputs` are the set and the ceiling's task; without them the prepared set itself is measured, the baseline.
+    `inputs` are the set and the segmenter; without them the prepared set itself is measured, the baseline.
     """
     from raysyn.cluster.task_runs import run_realism
 
     real = prepared.manifest["frames"]
     if not inputs:
         return run_realism(job, real, real, extractors)
-    train_set, ceiling = inputs
-    segmenter = ceiling.manifest["model_dir"]
-    return run_realism(job, train_set.manifest["frames"], real, extractors, segmenter_dir=segmenter)
+    train_set, segmenter = inputs
+    return run_realism(
+        job, train_set.manifest["frames"], real, extractors, segmenter_dir=segmenter.manifest["model_dir"]
+    )
 
 
 def compare_fingerprint(config: CompareJob) -> str:

@@ -221,8 +221,8 @@ def how_measured(
         first = next((r.key for r in rows if r.kind == "synthetic"), "the real set")
         best = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in _best(tuned).items())
         found["segmentation's set-up"] = (
-            f"{best}: the best of {tuned.manifest['num_trials']} trials on {first}, by validation frames; every synthetic "
-            "set, control and curve has it, the ceiling has the configured one"
+            f"{best}: the best of {tuned.manifest['num_trials']} trials on {first}, by validation frames; every row "
+            "and curve has it, and what they are trained on alone tells them apart"
         )
     if (n := config.num_task_seeds) > 1:
         found["trainings"] = f"a score is the mean of {n}; their sd is its _seed_sd, beside and not in the interval"

@@ -74,7 +74,7 @@ def test_the_page_says_what_makes_rows_unlike() -> None:
     assert found["segmentation's set-up"].startswith(
         f"lr 0.00123, loss cross_entropy: the best of 3 trials on {rows[1].key}"
     )
-    assert "the ceiling has the configured one" in found["segmentation's set-up"]
+    assert "every row and curve has it" in found["segmentation's set-up"]
     assert "other stages ran beside" in found["seconds"]
     assert "mean of 2" in found["trainings"]
     assert "(phantom 8, synthetic 24)" in found["Fréchet distances"]
