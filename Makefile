@@ -32,7 +32,7 @@ test-quick: env
 lint: env
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy raysyn
+	@$(BIN)/mypy
 
 bench: env
 	@$(BIN)/python -m benchmarks.cpu

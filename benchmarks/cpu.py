@@ -13,6 +13,7 @@ import csv
 import datetime
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -118,15 +119,14 @@ def against_diffusers(image_size: int = 64) -> list:
 
 def growth(image_size: int) -> list:
     """(c): cost of an image at twice the side against this one, the same net and batch."""
-    procedures = []
-    for size in (image_size, 2 * image_size):
+
+    def sampling(size: int) -> Callable[[], object]:
         config, denoiser, one_hot, shape = demo_denoiser("edm", size)
-        procedures.append(
-            lambda d=denoiser, o=one_hot, c=config, s=shape: generate(
-                d, o[:4], [0, 1, 2, 3], c.sampler, shape=s, modulation_cache_bytes=1 << 30
-            )
-        )
-    return ["cost of an image at twice the side against this size: edm", image_size, *measure(*procedures)]
+        options = {"shape": shape, "modulation_cache_bytes": 1 << 30}
+        return lambda: generate(denoiser, one_hot[:4], [0, 1, 2, 3], config.sampler, **options)
+
+    ratios = measure(sampling(image_size), sampling(2 * image_size))
+    return ["cost of an image at twice the side against this size: edm", image_size, *ratios]
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,17 @@ class Bench:
         return ratio(work, lambda: None, rounds, self.finish)[1]
 
 
+def ten_products(a: torch.Tensor, b: torch.Tensor) -> None:
+    for _ in range(10):
+        a @ b
+
+
 def matmul_ceiling(bench: Bench) -> None:
     """The fastest bf16 matrix product that this device was seen to do, TFLOP/s."""
     best = 0.0
     for side in (256,) if bench.tiny else (4096, 8192, 16384):
         a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in "ab")
-        seconds = bench.seconds(lambda a=a, b=b: [a @ b for _ in range(10)]) / 10
+        seconds = bench.seconds(partial(ten_products, a, b)) / 10
         best = max(best, 2 * side**3 / seconds / 1e12)
     bench.ceiling = best
     bench.add("ceiling: bf16 matrix product", value=best, unit="TFLOP/s")
@@ -126,10 +132,10 @@ class Case:
     def __init__(self, bench: Bench, name: str) -> None:
         downscale, channels, self.limit = MODELS[name]
         self.bench, self.name, self.image_size = bench, name, 32 if bench.tiny else 256
-        latent = {"vae": VAEConfig(channels=channels)} if channels else {}
-        net = {"net": TINY} if bench.tiny else {}
+        settings = VAEConfig(channels=channels) if channels else VAEConfig()
+        net = TINY if bench.tiny else NetConfig()
         space = "latent" if channels else "pixel"
-        self.config = ModelConfig(name=name, space=space, latent_downscale=downscale, **latent, **net)
+        self.config = ModelConfig(name=name, space=space, latent_downscale=downscale, vae=settings, net=net)
         self.limit = 4 if bench.tiny else self.limit
         sampler = self.config.sampler
         sampler.solver, sampler.num_steps, sampler.sigma_min, sampler.sigma_max = "heun", NUM_STEPS, LOW, HIGH
@@ -206,7 +212,7 @@ def caches(case: Case) -> None:
         del kept
     base = case.bench.seconds(lambda: case.ours(case.batch, cache=0.0))
     for name, budget in (("all modulations kept", whole), ("modulations as tables", whole - 1)):
-        seconds = case.bench.seconds(lambda budget=budget: case.ours(case.batch, cache=budget))
+        seconds = case.bench.seconds(partial(case.ours, case.batch, cache=budget))
         case.add(f"{name}, against none kept", ratio_median=base / seconds, ours_seconds=seconds / case.batch,
                  other_seconds=base / case.batch, value=whole / case.batch / 1e6, unit="MB an image as maps")  # fmt: skip
 
@@ -282,8 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     bench = Bench(torch.device(options.device), options.size == "tiny", time.monotonic() + 60 * options.minutes)
     bench.attempt("ceiling", lambda: matmul_ceiling(bench))
     for name in MODELS:
-        bench.attempt(name, lambda name=name: one_model(bench, name), 20)
-        bench.attempt(f"{name}: training", lambda name=name: training(bench, name, compile=False), 15)
+        bench.attempt(name, partial(one_model, bench, name), 20)
+        bench.attempt(f"{name}: training", partial(training, bench, name, compile=False), 15)
     needs = 0 if bench.tiny else 1.5 * COMPILE_SECONDS
     bench.attempt("edm_l64: training, compiled", lambda: training(bench, "edm_l64", compile=True), needs)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,10 @@ def pace(folder: str, nodes: int, num_shards: int, sleep: float) -> Pace:
         ends = {s.name: os.stat(f"{stage.storage.path}/{s.name}").st_mtime for s, _ in records}
         spent = {r["name"]: r["seconds"] for _, r in records if r is not None}
         stored = [i for s, _ in records for i in read_light(stage.storage, s.name)["frame_id"].to_pylist()]
-        lines = {tuple(p.name.split("-")): [x.split() for x in p.read_text().splitlines()] for p in Path(log).iterdir()}
+        lines = {}  # by (node, process)
+        for place in Path(log).iterdir():
+            node, process = place.name.split("-")
+            lines[node, process] = [line.split() for line in place.read_text().splitlines()]
     seeds = [seed for drawn in lines.values() for seed, _ in drawn]
     mib = sum(max((float(m) for _, m in drawn), default=0.0) for drawn in lines.values())
     if not num_shards == len(seeds) == len(set(seeds)) or not num_shards * 50 == len(stored) == len(set(stored)):
@@ -181,7 +184,7 @@ def scheduling(folder: str, nodes: int = NODES, rounds: int = 10, sleep: float =
         ("start_cpu", bare.cpu_seconds / nodes, "CPU s", "of a node to start"),
         ("idle", idle, "cores", "that the cluster keeps busy with nothing to do"),
     ]
-    return [(f"{nodes}_nodes_{name}", *rest) for name, *rest in rows]
+    return [(f"{nodes}_nodes_{name}", value, unit, note) for name, value, unit, note in rows]
 
 
 def listing(folder: str) -> list[Row]:
