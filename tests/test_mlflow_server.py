@@ -21,6 +21,7 @@ from raysyn.tracking.model import log_model
 from raysyn.tracking.places import open_client
 from raysyn.tracking.server import free_port, start_server, stop_server, wait_until_up
 from raysyn.tracking.study import KIND_TAG, VIEW_TAG
+from tests.s3 import KEYS, s3_server
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 AS_POSTGRES = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
@@ -88,12 +89,8 @@ class Service:
 @pytest.fixture(scope="module")
 def service(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     import boto3
-    from moto.server import ThreadedMotoServer
 
     folder = tmp_path_factory.mktemp("server")
-    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    s3.start()
-    endpoint = f"http://127.0.0.1:{s3.get_host_and_port()[1]}"
     (folder / "auth.ini").write_text(
         "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
         f"database_uri = {postgres}\n"  # users beside the runs, as infra/mlflow/serve.sh has it
@@ -102,9 +99,7 @@ def service(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     )
     password = secrets.token_hex(12)
     environment = {
-        "MLFLOW_S3_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
+        **KEYS,
         "AWS_DEFAULT_REGION": "us-east-1",
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
@@ -112,7 +107,8 @@ def service(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": password,
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with s3_server() as address, pytest.MonkeyPatch.context() as patch:
+        environment["MLFLOW_S3_ENDPOINT_URL"] = endpoint = f"http://{address}"
         for key, value in environment.items():
             patch.setenv(key, value)
         bucket = boto3.resource("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
@@ -121,7 +117,6 @@ def service(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         made.start()
         yield made
         made.stop()
-        s3.stop()
 
 
 def rows() -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from raysyn.data.frames import read_arrays, read_frames
 from raysyn.data.readers import Patient, open_reader
 from raysyn.data.storage import Storage
 from raysyn.types import PHASES, VIEWS, Outcome, UserError
+from tests.s3 import KEYS, s3_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = RayConfig(num_cpus=2, object_store_mb=100)
@@ -35,8 +36,8 @@ RAY = RayConfig(num_cpus=2, object_store_mb=100)
 def session():
     """Ray whose workers have S3 credentials, as they take their environment from where Ray was started."""
     with pytest.MonkeyPatch.context() as patch:
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(key, "test")
+        for key, value in KEYS.items():
+            patch.setenv(key, value)
         with ray_session(RAY):
             yield
 
@@ -261,24 +262,13 @@ def test_a_shard_that_was_cut_off_meanwhile_is_named(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.s3
 def test_prepare_into_s3(session, tmp_path: Path) -> None:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="frames")
-        uri = f"s3://frames/runs?scheme=http&endpoint_override={host}:{port}"
+    with s3_storage() as uri:
         outcome = prepare(phantom_job(uri, num_train_patients=2))
         local = prepare(phantom_job(tmp_path, num_train_patients=2))
         assert outcome.fingerprint == local.fingerprint
         assert shards(outcome) == shards(local)
         assert len(read_arrays(frames_uri(outcome), "train")) == 8
         assert prepare(phantom_job(uri, num_train_patients=2)).skipped
-    finally:
-        server.stop()
 
 
 def run_job(*overrides: str) -> subprocess.CompletedProcess[str]:

@@ -22,6 +22,7 @@ from raysyn.data.frames import read_frames, write_frames
 from raysyn.data.requests import RequestPlan
 from raysyn.data.storage import Storage
 from raysyn.types import Frame
+from tests.s3 import s3_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_MASKS = 100
@@ -147,20 +148,10 @@ def test_the_plan_tells_images_evaluations_disk_and_money(frames, tmp_path, monk
 
 @pytest.mark.s3
 def test_the_same_bytes_on_s3(frames, tmp_path, monkeypatch) -> None:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
     monkeypatch.syspath_prepend(frames)
-    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(key, "test")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="sets")
-        written = []
-        for storage in (str(tmp_path), f"s3://sets/runs?scheme=http&endpoint_override={host}:{port}"):
+    written = []
+    with s3_storage() as bucket:
+        for storage in (str(tmp_path), bucket):
             spec = make_spec(frames, storage, 400, batch_size=50, shard_size=100)
             stage = open_stage(storage, "synthesize", "scale")
             spec = claim(stage, spec)
@@ -178,9 +169,7 @@ def test_the_same_bytes_on_s3(frames, tmp_path, monkeypatch) -> None:
             assert "Frames: 400 train." in card
             write_card(stage, spec, outcome.manifest, "camus")
             assert "license: other" in stage.storage.read_bytes("README.md").decode(), "not ours to license"
-        assert written[0] == written[1]
-    finally:
-        server.stop()
+    assert written[0] == written[1]
 
 
 def test_a_damaged_shard_is_not_whole(frames, tmp_path, monkeypatch) -> None:

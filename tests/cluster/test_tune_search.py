@@ -18,6 +18,7 @@ from raysyn.compose import load_job
 from raysyn.config import SearchConfig, TaskConfig, TuneJob
 from raysyn.data.storage import Storage
 from raysyn.types import UserError
+from tests.s3 import s3_storage
 
 SPACE = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}}
 
@@ -101,19 +102,9 @@ def test_the_front_leaves_pruned_trials_out_whatever_their_length() -> None:
 
 
 @pytest.fixture
-def bucket(monkeypatch) -> Iterator[str]:
-    """The URI of a bucket on an S3 server of its own."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="runs")
-    yield f"s3://runs/a?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
-    server.stop()
+def bucket() -> Iterator[str]:
+    with s3_storage() as uri:
+        yield uri
 
 
 @pytest.mark.cluster

@@ -16,6 +16,7 @@ from raysyn.data import local_files
 from raysyn.data.frames import read_frames, write_frames
 from raysyn.data.storage import TEMPORARY, Storage
 from raysyn.types import Frame, UserError
+from tests.s3 import KEYS, s3_server
 
 
 def test_local_round_trip_listing_and_removal(tmp_path) -> None:
@@ -275,7 +276,7 @@ class FlakyProxy(http.server.ThreadingHTTPServer):
     refused_part = 0
     num_damaged = 0
 
-    def __init__(self, target: tuple[str, int], num_faults: int) -> None:
+    def __init__(self, target: str, num_faults: int) -> None:
         self.target, self.num_faults, self.seen = target, num_faults, Counter()
         super().__init__(("127.0.0.1", 0), FlakyHandler)
 
@@ -294,7 +295,7 @@ class FlakyHandler(http.server.BaseHTTPRequestHandler):
         if self.server.seen[key] <= self.server.num_faults:
             self.reply(503, b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>", {})
             return
-        connection = http.client.HTTPConnection(*self.server.target, timeout=30)
+        connection = http.client.HTTPConnection(self.server.target, timeout=30)
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "expect")}
         connection.request(self.command, self.path, body, headers)
         response = connection.getresponse()
@@ -333,24 +334,20 @@ class FlakyHandler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def s3_server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
+def server():
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture
-def s3(s3_server, monkeypatch):
+def s3(server, monkeypatch):
     """An empty bucket on a loopback S3 server, reached through AWS_ENDPOINT_URL."""
     import boto3
 
-    for key, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
+    for key, value in KEYS.items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    endpoint = "http://{}:{}".format(*s3_server)
+    endpoint = f"http://{server}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
     client.create_bucket(Bucket="frames")
@@ -383,8 +380,8 @@ def test_s3_round_trip(s3) -> None:
 
 
 @pytest.mark.s3
-def test_s3_objects_are_one_put(s3, s3_server, monkeypatch) -> None:
-    proxy = FlakyProxy(s3_server, num_faults=0)
+def test_s3_objects_are_one_put(s3, server) -> None:
+    proxy = FlakyProxy(server, num_faults=0)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     uri = f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}"
     Storage.at(uri).write_atomic("shard.parquet", b"x" * 3_000_000)
@@ -394,8 +391,8 @@ def test_s3_objects_are_one_put(s3, s3_server, monkeypatch) -> None:
 
 
 @pytest.mark.s3
-def test_s3_a_large_object_of_which_a_part_is_refused_is_not_there(s3, s3_server) -> None:
-    proxy = FlakyProxy(s3_server, num_faults=0)
+def test_s3_a_large_object_of_which_a_part_is_refused_is_not_there(s3, server) -> None:
+    proxy = FlakyProxy(server, num_faults=0)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     storage = Storage.at(f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}")
     storage.write_atomic("models/a.bin", b"old")
@@ -417,8 +414,8 @@ def test_s3_a_large_object_of_which_a_part_is_refused_is_not_there(s3, s3_server
 
 
 @pytest.mark.s3
-def test_s3_retries_on_503(s3, s3_server) -> None:
-    proxy = FlakyProxy(s3_server, num_faults=2)
+def test_s3_retries_on_503(s3, server) -> None:
+    proxy = FlakyProxy(server, num_faults=2)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     storage = Storage.at(f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}")
     storage.write_atomic("a.bin", b"payload")
@@ -430,8 +427,8 @@ def test_s3_retries_on_503(s3, s3_server) -> None:
 
 
 @pytest.mark.s3
-def test_s3_a_shard_that_came_damaged_is_fetched_again(s3, s3_server) -> None:
-    proxy = FlakyProxy(s3_server, num_faults=0)
+def test_s3_a_shard_that_came_damaged_is_fetched_again(s3, server) -> None:
+    proxy = FlakyProxy(server, num_faults=0)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     storage = Storage.at(f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}")
     pixels = np.zeros((8, 8), np.uint8)

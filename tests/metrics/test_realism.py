@@ -2,12 +2,12 @@
 
 import math
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy import linalg, ndimage
 
-from raysyn.data.phantom import phantom_patient
 from raysyn.metrics.extractors import open_extractor
 from raysyn.metrics.realism import (
     frechet_distance,
@@ -19,7 +19,8 @@ from raysyn.metrics.realism import (
     spectrum_distance,
     ssim_diversity,
 )
-from raysyn.types import PHASES, VIEWS, FrameArrays, UserError
+from raysyn.types import FrameArrays, UserError
+from tests.phantoms import phantom_arrays
 
 
 def test_frechet_distance_is_its_formula_with_a_matrix_square_root() -> None:
@@ -62,19 +63,7 @@ def test_precision_and_recall_tell_missing_modes_from_bad_images() -> None:
     assert junk["precision"] < 0.1
 
 
-def arrays(patients: range) -> FrameArrays:
-    frames = [f for p in patients for f in phantom_patient(3, p, 64, "train")]
-    return FrameArrays(
-        image_u8=np.stack([f.image for f in frames]),
-        label_map=np.stack([f.label_map for f in frames]),
-        view=np.array([VIEWS.index(f.view) for f in frames], np.uint8),
-        phase=np.array([PHASES.index(f.phase) for f in frames], np.uint8),
-        spacing_mm=np.array([f.spacing_mm for f in frames], np.float32),
-        frame_id=[f.frame_id for f in frames],
-        patient_id=[f.patient_id for f in frames],
-        mask_frame_id=[""] * len(frames),
-        source=["phantom"] * len(frames),
-    )
+arrays = partial(phantom_arrays, 3)
 
 
 @pytest.fixture(scope="module")

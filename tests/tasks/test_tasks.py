@@ -1,6 +1,7 @@
 """Tasks on phantom frames small enough to learn in seconds; mixing; saving; bad input."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,32 +10,20 @@ import torch
 from scipy.stats import binomtest
 
 from raysyn.config import TaskConfig
-from raysyn.data.phantom import phantom_patient
 from raysyn.tasks.classification import evaluate_classification, predict_view_scores, train_classification
 from raysyn.tasks.fitting import load_task, normalise, num_task_steps, task_batch
 from raysyn.tasks.mixing import mix_frames
 from raysyn.tasks.nets import build_classifier, build_segmenter, check_net
 from raysyn.tasks.segmentation import evaluate_segmentation, predict_label_maps, train_segmentation
-from raysyn.types import PHASES, VIEWS, FrameArrays, UserError
+from raysyn.types import FrameArrays, UserError
+from tests.phantoms import phantom_arrays
 
 QUICK = dict(batch_size=8, lr=1e-2, num_steps=150, lr_decay="cosine", width=8)
 SEGMENTATION = TaskConfig(arch="unet:small", **QUICK)
 CLASSIFICATION = TaskConfig(kind="classification", arch="cnn:small", **QUICK)
 
 
-def arrays(patients: range, size: int = 64) -> FrameArrays:
-    frames = [f for p in patients for f in phantom_patient(1, p, size, "train")]
-    return FrameArrays(
-        image_u8=np.stack([f.image for f in frames]),
-        label_map=np.stack([f.label_map for f in frames]),
-        view=np.array([VIEWS.index(f.view) for f in frames], np.uint8),
-        phase=np.array([PHASES.index(f.phase) for f in frames], np.uint8),
-        spacing_mm=np.array([f.spacing_mm for f in frames], np.float32),
-        frame_id=[f.frame_id for f in frames],
-        patient_id=[f.patient_id for f in frames],
-        mask_frame_id=[""] * len(frames),
-        source=["phantom"] * len(frames),
-    )
+arrays = partial(phantom_arrays, 1)
 
 
 @pytest.fixture(scope="module")
