@@ -1,7 +1,8 @@
 """One thread a process, no telemetry, and Ray's token authentication on before anything imports Ray.
 
-`make test` runs two processes: tests that start servers go one after another in one of them, which mostly waits, and
-the rest in the other, which yields to it.
+`make test` runs two processes: tests that start servers go one after another in one of them, which mostly waits. The
+other yields to it; it takes the rest and, when that is done, the whole jobs from the command line, which may take their
+time.
 """
 
 import functools
@@ -25,32 +26,43 @@ for _key, _value in QUIET.items():
 secure()
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
-STARTS_SERVERS = ("cluster", "e2e", "browser", "s3", "postgres")
+PIECES = {"jobs": ("e2e",), "servers": ("cluster", "browser", "s3", "postgres")}  # by a mark of a test in the file
+ORDER = ("servers", "", "jobs")
+NICENESS = 15  # Ray's own workers have it: with less, the other tests went before them
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
-def _starts_servers(file: str) -> bool:
-    """Whether some test of this file has such a mark."""
+def _piece(file: str) -> str:
+    """The piece of work that this file belongs to; "" if its tests go one by one."""
     text = (ROOT / file).read_text()
-    return any(f"mark.{name}" in text for name in STARTS_SERVERS)
+    return next((piece for piece, marks in PIECES.items() if any(f"mark.{name}" in text for name in marks)), "")
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(_piece(_file(item.nodeid))))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneForServers(LoadScopeScheduling):
-        """All files that start servers are one piece of work, every other test is one of its own."""
+    class InPieces(LoadScopeScheduling):
+        """All files that start servers are one piece of work, whole jobs another, every other test is one of its own."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return "servers" if _starts_servers(nodeid.partition("::")[0]) else nodeid
+            return _piece(_file(nodeid)) or nodeid
 
-    return OneForServers(config, log)
+    config.option.loadscopereorder = False  # they stand in their order
+    return InPieces(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ and not _starts_servers(item.nodeid.partition("::")[0]) and os.nice(0) == 0:
-        os.nice(10)
+    if "PYTEST_XDIST_WORKER" in os.environ and not _piece(_file(item.nodeid)) and os.nice(0) == 0:
+        os.nice(NICENESS)
 
 
 @pytest.fixture

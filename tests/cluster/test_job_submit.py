@@ -221,6 +221,7 @@ def test_the_manifests_probes_find_this_head_well_and_a_silent_port_not(head: He
 
 
 @pytest.mark.cluster
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_exit_codes_reach_the_submitter(head: Head, storage: Path) -> None:
     """`ray job submit` itself knows 0 and 1; the job's own code is in its info."""
@@ -244,6 +245,7 @@ def test_exit_codes_reach_the_submitter(head: Head, storage: Path) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_job_by_submission(head: Head, storage: Path) -> None:
@@ -264,6 +266,7 @@ def test_every_job_by_submission(head: Head, storage: Path) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_job_stop_in_mid_fit_leaves_a_state_that_the_same_command_finishes(head: Head, storage: Path) -> None:
     arguments = ["python", "jobs/fit.py", *TINY, f"storage={storage}", *LONG_FIT]
