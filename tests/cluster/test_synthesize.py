@@ -24,11 +24,11 @@ from raysyn.types import UserError
 
 MOCK = '''
 """Draws an image that depends on map and seed alone, slowly, and notes who drew what."""
-import os, time
+import os, pathlib, time
 import numpy as np
 
 def make(spec):
-    log = os.environ["MOCK_LOG"]
+    log = pathlib.Path(spec.output).parents[2] / "drawn.log"  # beside the storage
     def draw(label_map, view, seeds):
         time.sleep(float(os.environ.get("MOCK_SECONDS", "0.05")))
         with open(log, "a") as file:
@@ -67,7 +67,6 @@ def test_a_shard_is_a_pure_function_of_the_plan(frames, tmp_path, monkeypatch) -
     """Without Ray: two writers, in other orders, make the same bytes; provenance and splits are the masks'."""
     (tmp_path / "mock_sampler.py").write_text(MOCK)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("MOCK_SECONDS", "0")
     found = []
     for name, order in (("a", 1), ("b", -1)):
@@ -96,7 +95,6 @@ def test_a_shard_is_a_pure_function_of_the_plan(frames, tmp_path, monkeypatch) -
 def test_the_quality_gate_retries_under_new_seeds_and_counts_them(frames, tmp_path, monkeypatch) -> None:
     (tmp_path / "mock_sampler.py").write_text(MOCK)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("MOCK_SECONDS", "0")
     spec = make_spec(frames, tmp_path / "runs", min_faithfulness=0.5, max_attempts=3)
     writer = ShardWriter(spec)
@@ -219,7 +217,6 @@ def test_what_a_worker_cannot_load_is_refused_and_no_fault(frames, tmp_path, mon
     (tmp_path / "mock_sampler.py").write_text(MOCK)
     (tmp_path / "segmenter").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MOCK_LOG", str(tmp_path / "log"))
     spec = make_spec(frames, tmp_path / "runs", segmenter_dir=str(tmp_path / "segmenter"))
     with pytest.raises(UserError, match="segmenter: not a task model"):
         faithfulness_of(spec.config)

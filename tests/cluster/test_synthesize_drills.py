@@ -7,18 +7,23 @@ import json
 import os
 import pickle
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from raysyn.cluster.session import ray_session
+from raysyn.config import RayConfig
 from raysyn.data.frames import read_frames
 from raysyn.data.storage import Storage
 from tests.cluster.test_synthesize import MOCK, make_spec, masks_in
+from tests.processes import kill_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = """
@@ -50,8 +55,20 @@ def frames(tmp_path_factory) -> str:
     return masks_in(tmp_path_factory.mktemp("frames"))
 
 
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> Iterator[None]:
+    """A Ray of this process for what is not disturbed, whose workers find the mock sampler."""
+    place = tmp_path_factory.mktemp("sampler")
+    (place / "mock_sampler.py").write_text(MOCK)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"PYTHONPATH": f"{ROOT}:{place}", "MOCK_SECONDS": "0"}.items():
+            patch.setenv(key, value)
+        with ray_session(RayConfig(num_cpus=2, object_store_mb=100)):
+            yield
+
+
 class Drill:
-    """A synthesis in a process of its own, in a folder of its own."""
+    """A synthesis in a folder of its own: by a driver and a Ray of its own, which may be killed, or in this process."""
 
     def __init__(self, folder: Path, frames: str, workers: int = 2, cpus: float = 0.5, **options) -> None:
         folder.mkdir(exist_ok=True)
@@ -64,9 +81,9 @@ class Drill:
         (folder / "driver.py").write_text(DRIVER)
         self.out = Storage.at(self.spec.output)
 
-    def start(self, seconds: float = 0.05, address: str = "") -> subprocess.Popen:
-        own = {"MOCK_LOG": str(self.log), "MOCK_SECONDS": str(seconds), "PYTHONPATH": f"{ROOT}:{self.folder}"}
-        own["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # a dead head is given up sooner than in a minute
+    def start(self, seconds: float = 0.3, address: str = "", **settings: str) -> subprocess.Popen:
+        """A driver of its own, with a Ray of its own unless it is to join one."""
+        own = {"MOCK_SECONDS": str(seconds), "PYTHONPATH": f"{ROOT}:{self.folder}", **settings}
         kept = {k: v for k, v in os.environ.items() if address or not k.startswith("RAY_AUTH")}
         env = kept | own | ({"RAY_ADDRESS": address} if address else {})
         return subprocess.Popen(
@@ -74,11 +91,9 @@ class Drill:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
-    def run(self) -> str:
-        process = self.start(0.0)
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said[-3000:]
-        return said
+    def run(self) -> None:
+        """The same stage in this process's Ray, to its end."""
+        runpy.run_path(str(self.folder / "drill_stage.py"))["draw"](None)
 
     def shards(self) -> dict[str, str]:
         return {n: hashlib.sha256(self.out.read_bytes(n)).hexdigest() for n in self.out.list(suffix=".parquet")}
@@ -106,6 +121,12 @@ class Drill:
         ]
         assert left == []
 
+    def check_resumed(self, undisturbed: Drill, before: list[str]) -> None:
+        """All is there as if nothing had happened, and what was whole `before` was drawn once."""
+        self.check_whole(undisturbed.shards())
+        drawn = [s for _, s in self.drawn()]
+        assert all(drawn.count(s) == 1 for s in self.seeds_of(before))
+
     def seeds_of(self, names: list[str]) -> list[int]:
         return [
             r.noise_seed
@@ -117,7 +138,7 @@ class Drill:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, frames) -> Drill:
+def undisturbed(tmp_path_factory, frames, session) -> Drill:
     drill = Drill(tmp_path_factory.mktemp("undisturbed") / "one", frames, workers=1)
     drill.run()
     return drill
@@ -138,7 +159,7 @@ def test_one_and_two_actors_write_the_same_bytes(undisturbed, frames, tmp_path) 
 @pytest.mark.parametrize("moment", [1, 2])
 def test_kill_9_of_an_actor(moment: int, undisturbed, frames, tmp_path) -> None:
     drill = Drill(tmp_path / "actor", frames)
-    process = drill.start(0.3)
+    process = drill.start()
     try:
         drill.wait_for_shards(random.Random(moment).randint(1, 5))
         before = drill.out.list(suffix=".parquet")
@@ -148,33 +169,30 @@ def test_kill_9_of_an_actor(moment: int, undisturbed, frames, tmp_path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said[-3000:]
-    drill.check_whole(undisturbed.shards())
-    drawn = [s for _, s in drill.drawn()]
-    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
+    drill.check_resumed(undisturbed, before)
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("moment", [3, 4])
 def test_kill_9_of_the_driver_and_the_same_command_again(moment: int, undisturbed, frames, tmp_path) -> None:
     drill = Drill(tmp_path / "driver", frames)
-    process = drill.start(0.3)
+    process = drill.start()
     drill.wait_for_shards(random.Random(moment).randint(1, 7))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    kill_driver(process)
     before = drill.out.list(suffix=".parquet")
     assert not drill.out.exists("manifest.json")
-    time.sleep(3)  # Ray's own processes notice that their driver is gone
-    drill.run()
-    drill.check_whole(undisturbed.shards())
-    drawn = [s for _, s in drill.drawn()]
-    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
+    again = drill.start(0.0)
+    said, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, said[-3000:]
+    drill.check_resumed(undisturbed, before)
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("moment", [7, 8])
 def test_kill_9_of_the_head_ends_in_a_resumable_state(moment: int, undisturbed, frames, tmp_path) -> None:
     drill = Drill(tmp_path / "head", frames)
-    process = drill.start(0.3)
+    # Ray gives a head time to come back, then ends its driver: sooner than after a minute.
+    process = drill.start(RAY_gcs_rpc_server_reconnect_timeout_s="5")
     drill.wait_for_shards(random.Random(moment).randint(1, 7))
     victims = [one for one in psutil.Process(process.pid).children() if one.name() in ("gcs_server", "raylet")]
     assert victims
@@ -182,15 +200,13 @@ def test_kill_9_of_the_head_ends_in_a_resumable_state(moment: int, undisturbed, 
         victim.kill()
     before = drill.out.list(suffix=".parquet")
     try:
-        process.communicate(timeout=150)  # Ray gives a head time to come back, then ends its driver
+        process.communicate(timeout=150)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1
     drill.run()
-    drill.check_whole(undisturbed.shards())
-    drawn = [s for _, s in drill.drawn()]
-    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
+    drill.check_resumed(undisturbed, before)
 
 
 @pytest.mark.cluster
@@ -201,14 +217,13 @@ def test_kill_9_of_a_raylet(moment: int, undisturbed, frames, tmp_path, monkeypa
     from ray.cluster_utils import Cluster
 
     drill = Drill(tmp_path / "raylet", frames, cpus=1.0)
-    for key, value in {"MOCK_LOG": str(drill.log), "MOCK_SECONDS": "0.3"}.items():
-        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("MOCK_SECONDS", "0.3")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{drill.folder}")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
     process = None
     try:
         node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-        process = drill.start(0.3, address=cluster.address)
+        process = drill.start(address=cluster.address)
         drill.wait_for_shards(random.Random(moment).randint(2, 6))
         before = drill.out.list(suffix=".parquet")
         raylet = node.all_processes["raylet"][0].process
@@ -219,9 +234,7 @@ def test_kill_9_of_a_raylet(moment: int, undisturbed, frames, tmp_path, monkeypa
             os.killpg(process.pid, signal.SIGKILL)
         cluster.shutdown()
     assert process.returncode == 0, said[-3000:]
-    drill.check_whole(undisturbed.shards())
-    drawn = [s for _, s in drill.drawn()]
-    assert all(drawn.count(s) == 1 for s in drill.seeds_of(before))
+    drill.check_resumed(undisturbed, before)
 
 
 @pytest.mark.cluster

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from raysyn.data.frames import write_frames
 from raysyn.data.phantom import phantom_patient
 from raysyn.data.storage import Storage
 from raysyn.types import UserError
+from tests.processes import kill_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,15 +96,13 @@ def test_killed_and_started_again_finished_trials_are_not_repeated(tmp_path) -> 
     while not finished():
         assert time.time() < deadline, "no trial finished"
         assert first.poll() is None, first.stdout.read()[-3000:]
-        time.sleep(1)
+        time.sleep(0.2)
     deadline = time.time() + 11  # Ray Tune writes its own state every ten seconds
     while time.time() < deadline and len(finished()) < 3:
         time.sleep(0.1)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait(timeout=60)
+    kill_driver(first)
     before = finished()
     assert len(before) < 4, "the search ended before it could be killed"
-    time.sleep(4)
     second = subprocess.Popen(command, **options)
     said, _ = second.communicate(timeout=500)
     assert second.returncode == 0, said[-3000:]

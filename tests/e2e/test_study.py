@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 
 from raysyn.compose import build
 from raysyn.config import ModelConfig, fingerprint
+from tests.processes import kill_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = (
@@ -50,10 +50,8 @@ def study(tmp_path_factory) -> tuple[Path, str]:
         assert time.time() < deadline, "no model was fitted"
         assert process.poll() is None, process.stdout.read()[-4000:]
         time.sleep(0.5)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    kill_driver(process)
     finished = {p: p.stat().st_mtime_ns for p in storage.glob("*/*/manifest.json")}
-    time.sleep(5)
     said = finish(start(storage))
     assert all(p.stat().st_mtime_ns == when for p, when in finished.items()), "a finished stage was made again"
     return storage, said
