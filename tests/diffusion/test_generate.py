@@ -1,16 +1,19 @@
-"""Evaluations are counted exactly: with guidance in an interval, two where it applies and one elsewhere."""
+"""Evaluations are counted exactly; the cache, guidance and fresh noise leave each image its own."""
 
 import math
 
 import pytest
 import torch
 
+from raysyn.compose import load_model
 from raysyn.config import SOLVERS, SamplerConfig
-from raysyn.diffusion.generate import _guides, generate, num_network_evals
+from raysyn.diffusion.generate import _guided, _guides, generate, num_network_evals
 from raysyn.diffusion.noise import sigma_grid, vp_betas
 from raysyn.diffusion.precondition import IDDPM, PRECONDITIONINGS, Denoiser
 from raysyn.diffusion.solvers import solve_generalised
+from raysyn.models import MODELS, build_denoiser
 from raysyn.nets.unet import SemanticUNet
+from raysyn.types import UserError
 
 SHAPE = (1, 16, 16)
 
@@ -117,3 +120,97 @@ def test_the_levels_are_those_of_the_networks_own_table() -> None:
     assert torch.equal(grid[:-1], own.table[:-1])
     few = sigma_grid(SamplerConfig(num_steps=7, discretization="iddpm"), own)
     assert all(float((own.table - level).abs().min()) == 0 for level in few)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    torch.manual_seed(0)
+    config = load_model("edm", "demo")
+    denoiser = build_denoiser(config, 32).eval()
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    index = torch.randint(0, 10, (3, 32, 32), generator=torch.Generator().manual_seed(0))
+    return config, denoiser, torch.nn.functional.one_hot(index, 10).permute(0, 3, 1, 2).float()
+
+
+def test_cached_modulations_change_no_bit_and_any_budget_is_kept(demo) -> None:
+    config, denoiser, one_hot = demo
+    plain = generate(denoiser, one_hot, [1, 2, 3], config.sampler, shape=(1, 32, 32))
+    for budget in (1, 200_000, 1 << 30):
+        cached = generate(
+            denoiser, one_hot, [1, 2, 3], config.sampler, shape=(1, 32, 32), modulation_cache_bytes=budget
+        )
+        assert torch.equal(plain, cached)
+    kept = denoiser.modulations(one_hot, 200_000)
+    used = sum(t.numel() * t.element_size() for pair in kept if pair is not None for t in pair)
+    assert 0 < used <= 200_000
+    assert None in kept
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
+def test_maps_may_be_of_any_type(dtype: torch.dtype, demo) -> None:
+    _, denoiser, one_hot = demo
+    x, maps = torch.randn(3, 1, 32, 32), one_hot.to(dtype)
+    with torch.no_grad():
+        expected = denoiser(x, 1.0, one_hot)
+        assert torch.equal(denoiser(x, 1.0, maps), expected)
+        assert torch.equal(denoiser(x, 1.0, maps, denoiser.modulations(maps)), expected)
+
+
+def test_guidance_of_one_is_no_guidance_and_its_interval_bounds_it(demo) -> None:
+    _, denoiser, one_hot = demo
+
+    def draw(**options):
+        return generate(denoiser, one_hot, [1, 2, 3], SamplerConfig(num_steps=4, **options), shape=(1, 32, 32))
+
+    plain = draw()
+    assert torch.equal(plain, draw(guidance_scale=2.0, guidance_sigma_min=1e6))
+    assert not torch.equal(plain, draw(guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("options", [{"solver": "stochastic_heun", "s_churn": 20.0}, {"solver": "ddpm"}])
+def test_fresh_noise_belongs_to_the_image_and_not_to_its_batch(options: dict, demo) -> None:
+    _, denoiser, one_hot = demo
+    sampler = SamplerConfig(num_steps=4, sigma_max=10.0, s_noise=1.0, **options)
+    together = generate(denoiser, one_hot, [1, 2, 3], sampler, shape=(1, 32, 32))
+    alone = generate(denoiser, one_hot[2:], [3], sampler, shape=(1, 32, 32))
+    assert torch.allclose(together[2:], alone, atol=1e-4)
+    other = generate(denoiser, one_hot[2:], [4], sampler, shape=(1, 32, 32))
+    assert not torch.allclose(other, alone, atol=1e-2)
+
+
+def test_guidance_mixes_with_the_null_mask_and_keeps_the_budget(demo) -> None:
+    _, denoiser, one_hot = demo
+    x, sigma = torch.randn(3, 1, 32, 32), torch.tensor(1.0)
+    with torch.no_grad():
+        mapped, null = denoiser(x, sigma, one_hot), denoiser(x, sigma, None)
+        for budget in (0, 150_000, 1 << 30):
+            guided = _guided(denoiser, one_hot, SamplerConfig(guidance_scale=1.5), budget)(x, sigma)
+            assert torch.allclose(guided, null + 1.5 * (mapped - null), atol=1e-5)
+    spent: list[float] = []
+    original = denoiser.modulations
+    denoiser.modulations = lambda maps, budget: spent.append(budget) or original(maps, budget)
+    try:
+        _guided(denoiser, one_hot, SamplerConfig(guidance_scale=1.5), 1e6)
+    finally:
+        del denoiser.modulations
+    assert math.isclose(sum(spent), 1e6)
+
+
+def test_seeds_and_maps_must_match(demo) -> None:
+    config, denoiser, one_hot = demo
+    with pytest.raises(UserError, match="seeds: 2 for 3"):
+        generate(denoiser, one_hot, [1, 2], config.sampler, shape=(1, 32, 32))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_runs_its_sampler_of_record(name: str, demo) -> None:
+    config = load_model(name, "demo")
+    record = load_model(name).sampler
+    record.num_steps = 3
+    denoiser = build_denoiser(config, 32).eval()
+    size = 32 // config.latent_downscale
+    x = generate(denoiser, demo[2], [1, 2, 3], record, shape=(config.vae.latent_channels, size, size))
+    assert x.shape == (3, config.vae.latent_channels, size, size)
+    assert torch.isfinite(x).all()

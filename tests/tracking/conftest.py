@@ -1,0 +1,20 @@
+"""A database made once a file; warnings heard."""
+
+import logging
+
+import pytest
+
+from raysyn.tracking import ensure_database, tracking_uri
+from tests.tracking.runs import ON
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("runs") / "study")
+    ensure_database(tracking_uri(ON, folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="raysyn.tracking")
