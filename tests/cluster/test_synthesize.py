@@ -28,10 +28,9 @@ import os, pathlib, time
 import numpy as np
 
 def make(spec):
-    log = pathlib.Path(spec.output).parents[2] / "drawn.log"  # beside the storage
     def draw(label_map, view, seeds):
         time.sleep(float(os.environ.get("MOCK_SECONDS", "0.05")))
-        with open(log, "a") as file:
+        with open(pathlib.Path(spec.output).parents[2] / "drawn.log", "a") as file:  # beside the storage
             file.write("".join(f"{os.getpid()} {s}\\n" for s in seeds))
         noise = np.stack([np.random.default_rng(s).integers(0, 256, label_map.shape[1:]) for s in seeds])
         return ((noise + view[:, None, None]) % 256 * (label_map > 0)).astype(np.uint8)
