@@ -8,7 +8,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,13 +16,17 @@ from raysyn.cluster.board import reporter
 from raysyn.cluster.stage import StageDir
 from raysyn.cluster.task_runs import load_sets
 from raysyn.cluster.tune_space import MIN_FAITHFULNESS, NOT_OF_TASK, TRAIN_SET, max_iterations, suggest, trial_task
-from raysyn.config import SearchConfig, TaskConfig, TrackingConfig, TuneJob, fingerprint, to_dict
+from raysyn.config import SearchConfig, TaskConfig, TuneJob, fingerprint, to_dict
 from raysyn.data.sqlite import sqlite_url
 from raysyn.data.storage import Storage
 from raysyn.types import Fault, FrameArrays, UserError
 
+if TYPE_CHECKING:
+    from raysyn.tracking import Tracker
+
 log = logging.getLogger("raysyn.tune")
 
+NEW_DATABASE_S = 300.0  # MLflow's tables take seconds to make; trials of a run without an id are nobody's children
 SNAPSHOT_SECONDS = "1"  # Ray Tune's own state is written this often: what a killed driver can lose
 
 
@@ -51,7 +55,7 @@ def _trial(params: dict[str, Any], *, job: dict[str, Any]) -> None:
     record = f"{fingerprint(params)}.json"
     name = ray_tune.get_context().get_trial_id()
     tracker = Tracker.start(
-        job["tracking"],
+        config.tracking,
         config.storage,
         f"trial {name}",
         params,
@@ -128,30 +132,27 @@ def _scheduler(search: SearchConfig, task: TaskConfig, space: dict[str, Any]) ->
     return None
 
 
+def start_run(config: TuneJob, stage: StageDir) -> tuple[Tracker, dict[str, Any]]:
+    """The search's MLflow run, and what its trials must know to log below it.
+
+    The tracker's own thread makes a new database: one that cannot be opened is a warning, as in every other stage.
+    """
+    from raysyn.tracking import Tracker
+
+    key, name = f"{stage.fingerprint}/tune", f"tune {config.task.kind}"
+    tags = {"raysyn.kind": "search", "fingerprint": stage.fingerprint}
+    parent = Tracker.start(config.tracking, config.storage, name, to_dict(config), tags, key=key)
+    return parent, {"key": key, "parent": parent.wait_run_id(NEW_DATABASE_S)}
+
+
 def search(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[str], real: str) -> dict[str, Any]:
     """Run or go on with the search, refit the best; returns the manifest's entries."""
     from ray import tune as ray_tune
     from ray.tune import RunConfig, TuneConfig, Tuner
 
-    from raysyn.tracking import Tracker, ensure_database, tracking_uri
-
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    tracking = config.tracking
-    if tracking.enabled:
-        tracking = TrackingConfig(True, tracking_uri(tracking, config.storage), tracking.experiment)
-        ensure_database(tracking.uri)
-    key = f"{stage.fingerprint}/tune"
-    tags = {"raysyn.kind": "search", "fingerprint": stage.fingerprint}
-    parent = Tracker.start(tracking, config.storage, f"tune {config.task.kind}", to_dict(config), tags, key=key)
-    job = {
-        "config": config,
-        "sets": sets,
-        "real": real,
-        "tracking": tracking,
-        "key": key,
-        "parent": parent.wait_run_id(),
-        "records": stage.storage.join("trials").uri,
-    }
+    parent, run = start_run(config, stage)
+    job = {"config": config, "sets": sets, "real": real, "records": stage.storage.join("trials").uri, **run}
     workers = config.workers
     resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), resources)

@@ -7,11 +7,11 @@ import signal
 import sys
 
 from raysyn.tracking.server import serve
-from raysyn.types import UserError
+from raysyn.types import Fault, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 after Ctrl-C or SIGTERM, 2 when there is nothing to show."""
+    """Exit code: 0 after Ctrl-C or SIGTERM, 2 when there is nothing to show, 1 when the server does not start."""
     parser = argparse.ArgumentParser(prog="python -m raysyn.tracking", description=__doc__)
     parser.add_argument("folder", nargs="?", default="runs", help="where the jobs' storage folders are")
     parser.add_argument("--port", type=int, default=5000, help="first port to try on 127.0.0.1")
@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Fault as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -52,23 +52,16 @@ def artifact_location(uri: str, storage: str) -> str | None:
     return f"{bucket}/mlartifacts" if folder is None else (folder / "mlartifacts").as_uri()
 
 
-def ensure_database(uri: str) -> None:
-    """Create the schema of a database `uri` once, before several processes log to it. Servers look after their own.
-
-    Safe to call from many processes of a host. Costs nothing when the sqlite schema is there; a `Tracker` does the same
-    when it connects, so a driver need not wait for it.
-    """
-    if not uri.startswith(("http://", "https://")) and not has_schema(uri):
-        open_client(uri).search_experiments(max_results=1)
-
-
 def has_schema(uri: str) -> bool:
-    """A sqlite file with MLflow's tables is at `uri`."""
+    """A sqlite file with MLflow's tables is at `uri`. Raises UserError for a file that cannot be read as a database."""
     path = sqlite_file(uri)
     if path is None or not path.is_file():
         return False
-    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
-        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: cannot be read as an MLflow database ({error}); move it elsewhere") from None
     return {"alembic_version", "runs", "metrics"} <= tables
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from raysyn.data.sqlite import sqlite_url
 from raysyn.tracking.places import QUIET, has_schema
 from raysyn.tracking.study import VIEW_TAG, view_path
-from raysyn.types import UserError
+from raysyn.types import Fault, UserError
 
 # Without its job runner the server takes a quarter of the memory and a third of the time to start.
 SERVER_ENVIRONMENT = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -37,6 +37,8 @@ def find_database(folder: str | Path) -> Path:
 
 def free_port(first: int = 5000) -> int:
     """The first port from `first` on that nothing on loopback listens at."""
+    if not 0 < first < 65536:
+        raise UserError(f"--port: {first} is no port; give one of 1 to 65535")
     for port in range(first, min(first + 200, 65536)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -66,18 +68,18 @@ def start_server(
 
 
 def wait_until_up(process: subprocess.Popen, port: int, timeout_s: float = 180.0) -> None:
-    """Until the server answers. Raises RuntimeError when it ends or stays silent."""
+    """Until the server answers. Raises Fault when it ends or stays silent."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the MLflow server ended at once with exit code {process.returncode}")
+            raise Fault(f"the MLflow server ended at once with exit code {process.returncode}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    raise RuntimeError(f"the MLflow server did not answer within {timeout_s:.0f} s")
+    raise Fault(f"the MLflow server did not answer within {timeout_s:.0f} s")
 
 
 def stop_server(process: subprocess.Popen) -> None:

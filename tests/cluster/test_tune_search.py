@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from raysyn.cluster.stage import open_stage
 from raysyn.cluster.tune import tune
 from raysyn.cluster.tune_search import pareto_front
 from raysyn.cluster.tune_space import suggest
@@ -33,6 +34,17 @@ def test_both_rules_count_validations_not_seconds(monkeypatch) -> None:
     assert (asha._time_attr, asha._max_t) == ("training_iteration", 250)
     assert (median._time_attr, median._grace_period) == ("training_iteration", 5)
     assert _scheduler(SearchConfig(), task, SPACE) is None
+
+
+def test_a_database_that_cannot_be_opened_stops_no_search(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    from raysyn.cluster.tune_search import start_run
+
+    (tmp_path / "mlflow.db").write_bytes(bytes(range(256)) * 20)
+    config = load_job("tune", ["scale=tiny", f"storage={tmp_path}"])
+    parent, run = start_run(config, open_stage(str(tmp_path), "tune", "0" * 16))
+    assert run == {"key": f"{'0' * 16}/tune", "parent": None}
+    assert parent.finish("FAILED") > 0  # entries that were not delivered
 
 
 def test_a_study_that_is_ahead_of_the_restored_state_does_no_harm(tmp_path, monkeypatch) -> None:

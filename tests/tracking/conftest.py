@@ -4,14 +4,15 @@ import logging
 
 import pytest
 
-from raysyn.tracking import ensure_database, tracking_uri
+from raysyn.tracking import tracking_uri
+from raysyn.tracking.places import open_client
 from tests.tracking.runs import ON
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("runs") / "study")
-    ensure_database(tracking_uri(ON, folder))
+    open_client(tracking_uri(ON, folder))
     return folder
 
 

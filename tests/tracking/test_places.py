@@ -44,7 +44,7 @@ def test_a_database_that_was_not_made_to_the_end_is_none(tmp_path: Path, monkeyp
 def test_processes_that_make_the_database_at_once_agree(tmp_path: Path) -> None:
     uri = tracking_uri(ON, str(tmp_path / "50%20 ?"))  # a folder's name that a URL would change
     assert not has_schema(uri)
-    code = f"from raysyn.tracking import ensure_database; ensure_database({uri!r})"
+    code = f"from raysyn.tracking.places import open_client; open_client({uri!r})"
     started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
     assert [p.communicate(timeout=200)[1] for p in started] == [b"", b""]
     assert has_schema(uri)
@@ -58,3 +58,23 @@ def test_the_pages_need_a_database(tmp_path: Path, capsys, storage: str) -> None
     assert message.count("\n") == 1
     assert str(tmp_path) in message
     assert find_database(Path(storage).parent) == Path(storage) / "mlflow.db"
+
+
+def test_a_database_that_cannot_be_read_is_named(tmp_path: Path, capsys) -> None:
+    damaged = tmp_path / "b" / "mlflow.db"
+    damaged.parent.mkdir()
+    damaged.write_bytes(bytes(range(256)) * 20)
+    assert main([str(tmp_path)]) == 2
+    assert f"{damaged}: cannot be read as an MLflow database" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "-5", "70000"])
+def test_a_port_that_is_none(port: str, storage: str, capsys) -> None:
+    assert main([storage, f"--port={port}"]) == 2
+    assert capsys.readouterr().err == f"error: --port: {port} is no port; give one of 1 to 65535\n"
+
+
+def test_a_server_that_cannot_start_is_one_line(storage: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHOME", "/no/such")  # no Python starts with it
+    assert main([storage]) == 1
+    assert capsys.readouterr().err == "error: the MLflow server ended at once with exit code 1\n"
