@@ -45,14 +45,25 @@ def environment_overrides(overrides: list[str]) -> list[str]:
     return [f"{key}={value}" for key, value in found.items() if value and key not in given]
 
 
+def job_keys(job: str) -> list[str]:
+    """The first parts of the keys that a job's command line takes."""
+    names = [f.name for f in dataclasses.fields(JOBS[job])]
+    if job == "compare":
+        names.insert(names.index("models"), "model")
+    return names + ([VAE] if "model" in names else [])
+
+
+def preset_names(group: str) -> list[str]:
+    """The names that a group of presets (`configs/<group>/`) is chosen by."""
+    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+
+
 def load_job(job: str, overrides: list[str]) -> Any:
     """The checked config of `job` ("fit", …). Raises UserError that names the key for anything wrong."""
     cls = JOBS[job]
     groups, values = _split_overrides(cls, overrides)
     raw = _compose(job, groups)
-    names = {f.name for f in dataclasses.fields(cls)} | ({"model"} if job == "compare" else set())
-    if "model" in names:
-        names.add(VAE)
+    names = job_keys(job)
     for key in values:
         if key not in names:
             raise UserError(f"{key}: not a key of jobs/{job}.py; its keys are {', '.join(sorted(names))}")
@@ -119,6 +130,10 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
 
 def _typed(cls: type, key: str, value: Any, where: str) -> Any:
     hint = typing.get_type_hints(cls)[key]
+    if typing.get_origin(hint) is list and not isinstance(value, list):
+        raise UserError(f"{where}: {value!r} is no list; write {where}=[{value}]")
+    if value == "???" and hint is not str:  # OmegaConf's own word for a value that is to come, let through unchecked
+        raise UserError(f"{where}: {value!r} is no value; give one")
     holder = dataclasses.make_dataclass("Holder", [(key, hint, dataclasses.field(default="???"))])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(holder), {key: value})
@@ -168,7 +183,7 @@ def _compose(job: str, groups: list[str]) -> DictConfig:
 
 
 def _known_preset(group: str, name: str) -> Path:
-    names = sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+    names = preset_names(group)
     if name not in names:
         raise UserError(f"{group}: {name!r} is not one of {', '.join(names)}")
     return CONFIGS / group / f"{name}.yaml"
@@ -217,7 +232,9 @@ def _resolve_compare(plain: dict[str, Any], late: DictConfig, presets: Any) -> N
         raise UserError("model: compare takes names, e.g. model=all or model=[edm,edm_l128]")
     if chosen == "all" and "storage" not in late:  # the six beside, not over, the scale's own pair
         plain["storage"] = f"{plain['storage']}_all"
-    names = list(MODEL_NAMES) if chosen == "all" else [chosen] if isinstance(chosen, str) else list(chosen)
+    if not isinstance(chosen, str | list):
+        raise UserError(f"model: {chosen!r} is no name; it takes all, a name or a list of names")
+    names = list(MODEL_NAMES) if chosen == "all" else [chosen] if isinstance(chosen, str) else chosen
     plain["models"] = [_preset("model", str(n), presets) for n in names]
     for task in ("segmentation", "classification"):
         plain[task] = _preset("task", task, presets)

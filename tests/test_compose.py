@@ -113,6 +113,10 @@ def test_all_models_at_once_have_a_folder_of_their_own() -> None:
         ("compare", "num_task_seeds=0", "num_task_seeds: 0 is outside"),
         ("compare", "segmentation.kind=classification", r"segmentation\.kind: is 'classification'"),
         ("compare", "models=foo", "models: 'foo' is not a list"),
+        ("compare", "model=null", "model: None is no name"),
+        ("compare", "steps=3", r"steps: 3 is no list; write steps=\[3\]"),
+        ("prepare", "data.seed=???", r"data\.seed: '\?\?\?' is no value"),
+        ("fit", "tracking.uri=sqlite:///runs/m.db", r"tracking\.uri: 'sqlite:///runs/m.db' names no absolute path"),
     ],
 )
 def test_bad_input_names_the_key(job: str, override: str, says: str) -> None:

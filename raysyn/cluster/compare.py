@@ -24,7 +24,7 @@ from raysyn.config import (
     fingerprint,
 )
 from raysyn.data.storage import Storage
-from raysyn.types import Outcome, UserError
+from raysyn.types import SPLITS, Outcome, UserError
 
 TASKS = ("classification", "segmentation")
 SEGMENTER = "segmenter"  # the key of its node
@@ -202,7 +202,7 @@ def compare_fingerprint(config: CompareJob) -> str:
     from raysyn.cluster.inputs import prepare_fingerprint
 
     return fingerprint(
-        prepare_fingerprint(config),
+        prepare_fingerprint(config, SPLITS),
         config.models,
         config.solvers,
         config.steps,

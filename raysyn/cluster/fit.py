@@ -78,7 +78,8 @@ def fit(config: FitJob) -> Outcome:
         from raysyn.cluster.fit_plan import plan
 
         return plan(config)
-    frames = prepare_fingerprint(config)
+    validates = any(part.num_validation_images for _, part in _parts(config))
+    frames = prepare_fingerprint(config, ("train", "validation") if validates else ("train",))
     if not config.overwrite and (done := _finished(config, frames)) is not None:
         log_missing(config, done)
         return done

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,12 +41,19 @@ class Chunk:
     patients: tuple[Patient, ...]
 
 
-def prepare_fingerprint(config: JobConfig) -> str:
+def prepare_fingerprint(config: JobConfig, needs: Iterable[str] = ()) -> str:
     """Names the frame set of `config.data`: its settings and, for real input, the names, sizes and times of its files.
 
-    Raises UserError when the input is not there.
+    Raises UserError when the input is not there, or has no patient in a split that the job `needs`.
     """
-    return _fingerprint(config.data, open_reader(config.data).index().digest if config.data.name != "phantom" else "")
+    data = config.data
+    if data.name == "phantom":
+        return _fingerprint(data, "")
+    index = open_reader(data).index()
+    there = {patient.split for patient in index.patients}
+    if lacking := [split for split in needs if split not in there]:
+        raise UserError(f"data.root: {data.root} holds no {lacking[0]} patients, and this job needs some")
+    return _fingerprint(data, index.digest)
 
 
 def _fingerprint(data: DataConfig, digest: str) -> str:

@@ -6,19 +6,20 @@ Exit codes: 0 done (or stopped by SIGTERM in a resumable state), 2 bad input, 1 
 from __future__ import annotations
 
 import importlib
+import inspect
 import signal
 import sys
 import threading
 import traceback
 from types import FrameType
 
-from raysyn.compose import JOBS, environment_overrides, load_job
+from raysyn.compose import JOBS, environment_overrides, job_keys, load_job, preset_names
 from raysyn.types import Fault, Outcome, Resumable, UserError
 
 USAGE = """usage: python jobs/{job}.py [key=value ...]
 
 {doc}
-Presets: scale={scales}  data={datas}
+Presets: {presets}
 Any key of the config can be set, e.g. {example}. Keys: {keys}.
 RAYSYN_STORAGE and MLFLOW_TRACKING_URI stand for storage= and tracking.uri= where those are not given.
 --config prints the whole resolved config and stops.
@@ -33,16 +34,11 @@ EXAMPLES = {
 
 
 def _usage(job: str) -> str:
-    import dataclasses
-
-    from raysyn.compose import CONFIGS
-
-    def names(group: str) -> str:
-        return "|".join(sorted(p.stem for p in (CONFIGS / group).glob("*.yaml")))
-
-    keys = ", ".join(f.name for f in dataclasses.fields(JOBS[job]))
-    doc = (JOBS[job].__doc__ or "").strip()
-    return USAGE.format(job=job, doc=doc, scales=names("scale"), datas=names("data"), example=EXAMPLES[job], keys=keys)
+    keys = job_keys(job)
+    groups = [group for group in ("scale", "data", "model", "task") if group in keys]
+    presets = "  ".join(f"{group}={'|'.join(preset_names(group))}" for group in groups)
+    doc = inspect.cleandoc(JOBS[job].__doc__ or "")
+    return USAGE.format(job=job, doc=doc, presets=presets, example=EXAMPLES[job], keys=", ".join(keys))
 
 
 def _print_config(config: object) -> None:

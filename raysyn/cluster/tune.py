@@ -16,7 +16,7 @@ from raysyn.cluster.task_runs import load_sets, patients_of, set_fingerprint
 from raysyn.cluster.tune_space import check_nets, check_search
 from raysyn.config import JobConfig, PrepareJob, TuneJob, fingerprint
 from raysyn.data.storage import Storage
-from raysyn.types import Outcome, UserError
+from raysyn.types import SPLITS, Outcome, UserError
 
 
 def tune(config: TuneJob) -> Outcome:
@@ -32,7 +32,10 @@ def tune(config: TuneJob) -> Outcome:
         raise UserError("plan_only: a search has no plan; jobs/fit.py and jobs/synthesize.py have one")
     config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
     space = check_search(config)
-    frames = prepare_fingerprint(config)
+    of_real = (
+        SPLITS if not config.train_sets else ("validation", "test") if config.task.validate_on == "real" else ("test",)
+    )
+    frames = prepare_fingerprint(config, of_real)
     real = Storage.at(config.storage).join("prepare", frames).uri
     sets = [Storage.at(uri).uri for uri in config.train_sets] or [real]
     check_sets([uri for uri in sets if uri != real])

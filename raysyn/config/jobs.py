@@ -72,6 +72,8 @@ class TuneJob(JobConfig):
 class CompareJob(JobConfig):
     """`jobs/compare.py`: the study. One row a (model, solver, number of steps), the ceiling beside them.
 
+    `model` names its models, e.g. model=all or model=[edm,vp]; the keys of each are set in `configs/`.
+
     `extractors` name what realism is measured with: lite0 (embedded), inception=FILE, <timm model>=FILE.
     """
 

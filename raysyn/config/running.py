@@ -60,6 +60,11 @@ class TrackingConfig:
                 f"uri: {self.uri!r} is no address of an MLflow server or database; "
                 "give http://host:5000, sqlite:////folder/mlflow.db or postgresql://..."
             )
+        if self.uri.startswith("sqlite") and not self.uri.partition("://")[2].startswith("//"):
+            raise UserError(
+                f"uri: {self.uri!r} names no absolute path, and workers have other working folders; "
+                "give sqlite:////folder/mlflow.db"
+            )
 
 
 @dataclass

@@ -28,6 +28,8 @@ def check_path(text: str) -> None:
 def check_place(folder: Path) -> None:
     """Raise UserError unless `folder`, or what of it is there already, is a folder that may be written to."""
     with clear_errors("writing", str(folder)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # a name that is too long is told here; `lexists` says of it only that it is not there
         there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(there))

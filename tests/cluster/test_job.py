@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raysyn.cluster.job import run_job
-from raysyn.compose import load_job
+from raysyn.compose import load_job, preset_names
 from raysyn.types import Outcome, Resumable, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +131,17 @@ def test_help_and_bad_keys_are_quick_and_clear(job: str) -> None:
     subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+def test_help_names_what_is_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"prepare": "", "fit": "model vae", "synthesize": "model vae", "tune": "task", "compare": "model vae"}
+    for job, keys in chosen.items():
+        assert run_job(job, "no:stage", ["--help"]) == 0
+        shown = capsys.readouterr().out
+        listed = shown.partition("Keys: ")[2].partition(".\n")[0].split(", ")
+        assert {"model", "vae", "task"} & set(listed) == set(keys.split())
+        for key in {"model", "task"} & set(keys.split()):
+            assert f"  {key}={'|'.join(preset_names(key))}" in shown
+
+
 @pytest.mark.parametrize("job", ["fit", "synthesize", "tune", "compare"])
 def test_input_that_is_not_there_is_refused_before_ray_starts(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*args: object) -> None:
@@ -140,6 +151,21 @@ def test_input_that_is_not_there_is_refused_before_ray_starts(job: str, monkeypa
     monkeypatch.setattr(module, "ray_session", start)
     with pytest.raises(UserError, match=r"data\.root: /no/such is not a folder"):
         getattr(module, job)(load_job(job, ["scale=tiny", "data=camus", "data.root=/no/such", "storage=/no/such"]))
+
+
+@pytest.mark.parametrize("job", ["fit", "tune", "compare"])
+def test_input_without_a_split_is_refused_before_ray_starts(job: str, tmp_path: Path, monkeypatch) -> None:
+    def start(*args: object) -> None:
+        raise AssertionError("Ray was started")
+
+    for kind in ("images", "annotations"):
+        (tmp_path / kind / "training").mkdir(parents=True)
+        (tmp_path / kind / "training" / "patient0001_2CH_ED.png").write_bytes(b"not read by an index")
+    module = importlib.import_module(f"raysyn.cluster.{job}")
+    monkeypatch.setattr(module, "ray_session", start)
+    config = load_job(job, ["scale=tiny", "data=png_folder", f"data.root={tmp_path}", f"storage={tmp_path}/runs"])
+    with pytest.raises(UserError, match=f"data.root: {tmp_path} holds no validation patients"):
+        getattr(module, job)(config)
 
 
 def test_a_finished_study_is_not_overwritten_before_its_job_can_begin(tmp_path: Path, monkeypatch) -> None:

@@ -85,7 +85,7 @@ def test_where_nothing_can_be_written_is_known_without_writing(tmp_path) -> None
 
 def test_a_name_that_no_folder_can_have(tmp_path) -> None:
     storage = Storage.at(tmp_path / ("a" * 300))
-    for touch in (lambda: storage.exists("b"), lambda: storage.write_atomic("b", b"1")):
+    for touch in (lambda: storage.exists("b"), lambda: storage.write_atomic("b", b"1"), storage.check_writable):
         with pytest.raises(UserError, match="a name in it is too long"):
             touch()
 
