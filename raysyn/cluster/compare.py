@@ -253,7 +253,7 @@ def stages_at_once(config: CompareJob) -> int:
 
 def compare(config: CompareJob) -> Outcome:
     """Run the study, or show the finished one. Rows that failed are listed in the report and make the job exit 1."""
-    from raysyn.cluster.study_report import print_table, write_study
+    from raysyn.cluster.study_report import print_table, show_report, write_study
 
     if not config.models:
         raise UserError("model: name at least one, e.g. model=edm_l64 or model=all")
@@ -265,6 +265,7 @@ def compare(config: CompareJob) -> Outcome:
     stage: StageDir = open_stage(config.storage, "compare", compare_fingerprint(config))
     done = None if config.overwrite else stage.outcome()
     if done is not None:
+        show_report(Storage.at(config.storage), stage.fingerprint)
         print_table(done.manifest["rows"])
         return done
     check_rows(config)

@@ -22,6 +22,7 @@ from raysyn.types import FrameArrays, Outcome
 __all__ = ["print_table", "study_table", "write_study"]
 
 NUM_PICTURED = 64
+PAGE = "index.html"
 
 
 def study_table(config: CompareJob, rows: list[Any], result: GraphResult) -> list[dict[str, Any]]:
@@ -181,15 +182,16 @@ def _is_autoencoder_of(outcome: Outcome, fitted: Outcome, key: str) -> bool:
 
 
 def write_study(config: CompareJob, rows: list[Any], result: GraphResult, fingerprint: str) -> dict[str, Any]:
-    """Write `<storage>/report/` (page, tables, figures, pictures), log every row to MLflow; returns the manifest."""
+    """Write the study's report (page, tables, figures, pictures), show it, log every row to MLflow; returns the manifest."""
     from raysyn.report import write_report
     from raysyn.report.write import publish
     from raysyn.tracking import log_study
 
     table = study_table(config, rows, result)
     storage = Storage.at(config.storage)
+    kept = storage.join("compare", fingerprint, "report")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(storage.path) / "report" if storage.is_local else Path(scratch) / "report"
+        folder = Path(kept.path) if kept.is_local else Path(scratch) / "report"
         info = {"study": fingerprint, "data": config.data.name, "image size": config.data.image_size}
         info |= how_measured(config, rows, table, result)
         write_report(
@@ -204,12 +206,26 @@ def write_study(config: CompareJob, rows: list[Any], result: GraphResult, finger
         main = [r for r in table if r["trained_on"] != "control"]
         (folder / "table.csv").write_text(table_csv(main))
         (folder / "controls.csv").write_text(table_csv([r for r in table if r["trained_on"] == "control"]))
-        if not storage.is_local:
-            publish(folder, storage.join("report").uri)
+        if not kept.is_local:
+            publish(folder, kept.uri)
+        show_report(storage, fingerprint)
         lost = log_study(
             config.tracking, storage.uri, table, fingerprint=fingerprint, params=to_dict(config), report_folder=folder
         )
     return {"rows": table, "failures": result.failures, "report": storage.join("report").uri, "not_logged": lost}
+
+
+def show_report(storage: Storage, fingerprint: str) -> None:
+    """Make `<storage>/report/` a copy of the report of this study, the page last; nothing to do where it is one.
+
+    Studies of one storage have that folder in common: it shows the one that was asked for last.
+    """
+    kept, shown = storage.join("compare", fingerprint, "report"), storage.join("report")
+    page = kept.read_bytes(PAGE) if kept.exists(PAGE) else b""
+    if not page or (shown.exists(PAGE) and shown.read_bytes(PAGE) == page):
+        return
+    for name in sorted(kept.list(), key=lambda name: name == PAGE):
+        shown.write_atomic(name, kept.read_bytes(name))
 
 
 def how_measured(

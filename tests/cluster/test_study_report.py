@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from raysyn.cluster.compare import study_rows
+from raysyn.cluster.compare import compare, compare_fingerprint, study_rows
 from raysyn.cluster.graph import GraphResult
 from raysyn.cluster.sampler_actor import ShardWriter
-from raysyn.cluster.study_report import _less_ceiling, _task_scores, how_measured, sampling_costs
+from raysyn.cluster.stage import open_stage
+from raysyn.cluster.study_report import _less_ceiling, _task_scores, how_measured, sampling_costs, show_report
 from raysyn.compose import load_job
 from raysyn.config import SynthesizeConfig
+from raysyn.data.storage import Storage
 from raysyn.metrics.cost import Cost, cost_columns, measured
 from raysyn.types import Outcome
 
@@ -80,6 +82,22 @@ def test_the_page_says_what_makes_rows_unlike() -> None:
     assert "(phantom 8, synthetic 24)" in found["Fréchet distances"]
     equal = [{**row, "realism/num_frames": 8} for row in table]
     assert "Fréchet distances" not in how_measured(config, rows, equal, result)
+
+
+def test_two_studies_of_one_storage_each_show_their_own_report(tmp_path, capsys) -> None:
+    studies = []
+    for steps in (2, 3):
+        job = load_job("compare", ["scale=tiny", f"storage={tmp_path}", f"steps=[{steps}]"])
+        stage = open_stage(str(tmp_path), "compare", compare_fingerprint(job))
+        for name in ("index.html", "pictures/hero.png"):
+            stage.storage.write_atomic(f"report/{name}", f"{name} of {steps} steps".encode())
+        show_report(Storage.at(tmp_path), stage.fingerprint)
+        stage.finish({"rows": []})
+        studies.append(job)
+    assert (tmp_path / "report" / "index.html").read_text() == "index.html of 3 steps"
+    assert compare(studies[0]).skipped
+    for name in ("index.html", "pictures/hero.png"):
+        assert (tmp_path / "report" / name).read_text() == f"{name} of 2 steps"
 
 
 def test_several_trainings_of_a_row_have_their_sd_beside_the_interval() -> None:
