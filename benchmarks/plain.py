@@ -74,6 +74,11 @@ def plain_layers() -> Iterator[None]:
             setattr(cls, name, function)
 
 
+def _at(x: Tensor, sigma: float) -> Tensor:
+    """σ on x's device: copied from the CPU the device would be waited for, which the published procedure does not do."""
+    return torch.full((), sigma, dtype=torch.float32, device=x.device)
+
+
 @torch.inference_mode()
 @plain_layers()
 def plain_heun(
@@ -92,10 +97,10 @@ def plain_heun(
         maps = one_hot[start : start + PLAIN_BATCH]
         x = seeded_noise(seeds[start : start + PLAIN_BATCH], shape).double().to(maps.device) * sigmas[0]
         for sigma, lower in pairwise(sigmas):
-            slope = (x - denoiser(x.float(), sigma, maps).double()) / sigma
+            slope = (x - denoiser(x.float(), _at(x, sigma), maps).double()) / sigma
             euler = x + (lower - sigma) * slope
             if lower > 0:
-                slope = 0.5 * (slope + (euler - denoiser(euler.float(), lower, maps).double()) / lower)
+                slope = 0.5 * (slope + (euler - denoiser(euler.float(), _at(x, lower), maps).double()) / lower)
             x = x + (lower - sigma) * slope
         parts.append(x)
     return torch.cat(parts).float()

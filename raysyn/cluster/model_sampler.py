@@ -38,33 +38,44 @@ class ModelSampler:
         self.config, self.decoding = spec.config, Cost()
         self.precision = precision(spec.config.amp, device)
         self.cache_bytes = _cache_bytes(spec.config.modulation_cache_bytes)
-        self.batch_size = spec.config.batch_size or self._fitting(Storage.at(spec.output))
+        found = self._known_batch(spec.output)
+        self.batch_size = found or self._fitting(self.config.shard_size)
         if spec.config.compile:
             self.model.fix_shapes(spec.config.amp)
+            # A graph holds a batch's modulations once more, beside its own memory: what fits without may not fit with it.
+            self.batch_size = found or self._fitting(self.batch_size, start=self.batch_size)
+        if not found:
+            Storage.at(spec.output).write_atomic(BATCH_SIZE, str(self.batch_size).encode())
         self.decoding = Cost()  # without the probe's
 
-    def _fitting(self, storage: Storage) -> int:
-        """The largest batch that the GPU holds, of at most a shard; 32 on a CPU, where larger ones gain nothing.
+    def _known_batch(self, output: str) -> int:
+        """The batch that needs no probe: the config's, on a CPU 32, where larger ones gain nothing, or what the first
+        worker found; 0 where it is to be found.
 
         The first worker's finding is kept in the data set's folder: sums of floats may depend on it, so a set is
         finished in the batches that it was begun with.
         """
-        from raysyn.diffusion.batching import probe_batch
-
+        if self.config.batch_size:
+            return self.config.batch_size
         if not on_gpu():
             return min(CPU_BATCH, self.config.shard_size)
-        if storage.exists(BATCH_SIZE):
-            return int(storage.read_bytes(BATCH_SIZE))
-        size, most = self.model.image_size, self.config.shard_size
+        storage = Storage.at(output)
+        return int(storage.read_bytes(BATCH_SIZE)) if storage.exists(BATCH_SIZE) else 0
+
+    def _fitting(self, most: int, start: int = 8) -> int:
+        """The largest batch of at most `most` that the GPU holds, by a probe."""
+        from raysyn.diffusion.batching import probe_batch
+
+        size = self.model.image_size
         brief = dataclasses.replace(self.sampler, num_steps=min(self.sampler.num_steps, 2))
         # No two places of such a map are alike, so that tables of neighbourhoods save nothing.
         label_map, view = (
             np.random.default_rng(0).integers(0, 5, (most, size, size), np.uint8),
             np.zeros(most, np.uint8),
         )
-        found = probe_batch(lambda n: self._draw(label_map[:n], view[:n], list(range(n)), brief), limit=most)
-        storage.write_atomic(BATCH_SIZE, str(found).encode())
-        return found
+        return probe_batch(
+            lambda n: self._draw(label_map[:n], view[:n], list(range(n)), brief), start=start, limit=most
+        )
 
     def __call__(self, label_map: np.ndarray, view: np.ndarray, seeds: list[int]) -> np.ndarray:
         """Images uint8 [B, H, W]; raises torch.OutOfMemoryError when not even one image fits."""
@@ -87,9 +98,9 @@ class ModelSampler:
 
 
 def _cache_bytes(wanted: int | None) -> float:
-    """The memory for modulations: what the config says, else 1 GiB, or a quarter of the GPU's."""
+    """The memory for modulations: what the config says, else 1 GiB, or a quarter of this worker's share of the GPU."""
     import torch
 
     if wanted is not None:
         return wanted
-    return torch.cuda.mem_get_info()[1] / 4 if on_gpu() else 1 << 30
+    return torch.cuda.mem_get_info()[1] / 4 * (gpu_share() or 1.0) if on_gpu() else 1 << 30

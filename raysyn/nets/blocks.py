@@ -124,7 +124,7 @@ class Block(nn.Module):
         else:
             h = F.silu(self.norm1(h + p, conditioning))
         h = self.conv1(conditioning.dropout(h, self.dropout) if self.training else h)
-        h = (h + (skip if self.skip is None else self.skip(skip))) * self.skip_scale
+        h = self._scaled(h + (skip if self.skip is None else self.skip(skip)))
         return h if not self.num_heads else self._attend(h, conditioning)
 
     def _attend(self, h: Tensor, conditioning: Conditioning) -> Tensor:
@@ -134,7 +134,10 @@ class Block(nn.Module):
         # Contiguous: with channels apart in memory the fused kernels refuse, on CPUs and GPUs, and a 40 % slower path runs.
         q, k, v = (t.transpose(2, 3).contiguous() for t in qkv.unbind(3))
         attended = attend(q, k, v).transpose(2, 3).reshape(h.shape)
-        return (self.proj(attended) + h) * self.skip_scale
+        return self._scaled(self.proj(attended) + h)
+
+    def _scaled(self, h: Tensor) -> Tensor:
+        return h if self.skip_scale == 1 else h * self.skip_scale  # ADM's times 1 would read and write all maps again
 
 
 FEW_PLACES = 256  # up to which products of whole matrices take less than half of the fused kernel's time

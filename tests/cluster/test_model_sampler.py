@@ -24,14 +24,15 @@ class Model:
         self.fixed = amp
 
 
-def made(monkeypatch, output="", **options) -> tuple[ModelSampler, Model, list[int]]:
-    """A sampler whose device holds 3 images, its model, and the sizes of the batches that it was asked for."""
+def made(monkeypatch, output="", graphs=False, **options) -> tuple[ModelSampler, Model, list[int]]:
+    """A sampler whose device holds 3 images, with `graphs` 1 at fixed shapes, its model, and the sizes of the batches that
+    it was asked for."""
     model, batches = Model(), []
 
     def draw(given, maps, view, seeds, sampler, *, amp, modulation_cache_bytes):
         assert given is model
         batches.append(len(seeds))
-        if len(seeds) > 3:
+        if len(seeds) > (1 if model.fixed and graphs else 3):
             raise torch.OutOfMemoryError("full")
         return torch.tensor(seeds)
 
@@ -71,3 +72,19 @@ def test_a_batch_of_open_size_is_what_the_first_workers_gpu_holds(monkeypatch, t
     assert made(monkeypatch, tmp_path, modulation_cache_bytes=7)[0].cache_bytes == 7
     sampler, _, batches = made(monkeypatch, tmp_path, batch_size=0)
     assert (sampler.batch_size, batches) == (2, []), "a set is finished in the batches that it was begun with"
+
+
+def test_a_batch_is_probed_again_with_its_graph(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("raysyn.cluster.model_sampler.on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    monkeypatch.setattr("raysyn.cluster.model_sampler.measured", lambda on_gpu: nullcontext(Cost()))
+    sampler, model, batches = made(monkeypatch, tmp_path, graphs=True, batch_size=0, compile=True)
+    assert (sampler.batch_size, batches, model.fixed) == (1, [8, 4, 2, 2, 1], "none")
+    assert (tmp_path / "batch_size").read_text() == "1"
+
+
+def test_workers_that_share_a_gpu_share_the_memory_for_modulations(monkeypatch) -> None:
+    monkeypatch.setattr("raysyn.cluster.model_sampler.on_gpu", lambda: True)
+    monkeypatch.setattr("raysyn.cluster.model_sampler.gpu_share", lambda: 0.25)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    assert made(monkeypatch, batch_size=2)[0].cache_bytes == 5 << 30

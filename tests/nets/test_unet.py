@@ -9,7 +9,7 @@ from raysyn.compose import load_model
 from raysyn.diffusion.precondition import EDM, Denoiser
 from raysyn.models import MODELS, build_denoiser
 from raysyn.nets.blocks import Block, attend
-from raysyn.nets.spade import Spade, num_groups, one_hot_from_index
+from raysyn.nets.spade import Conditioning, Spade, num_groups, one_hot_from_index
 from raysyn.nets.unet import SemanticUNet
 from raysyn.types import UserError
 
@@ -234,3 +234,13 @@ def test_one_level_for_all_images_is_embedded_once() -> None:
         one, each = denoiser(x, 0.7, one_hot), denoiser(x, torch.full((3,), 0.7), one_hot)
     assert sizes == [1, 3]
     torch.testing.assert_close(one, each)
+
+
+@pytest.mark.parametrize(("arch", "passes"), [("adm", 0), ("ddpmpp", 2)])
+def test_a_skip_scale_of_1_is_no_pass_over_the_maps(arch: str, passes: int) -> None:
+    block = next(m for m in awake(small(arch)).modules() if isinstance(m, Block) and m.num_heads)
+    channels = block.conv0.in_channels
+    x, emb = torch.randn(2, channels, 8, 8), torch.randn(2, block.affine.in_features)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        block(x, emb, Conditioning(torch.zeros(2, 10, 8, 8)))
+    assert sum(e.name == "aten::mul" for e in profile.events()) == passes
