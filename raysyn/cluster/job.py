@@ -84,12 +84,12 @@ def run_job(job: str, stage: str, argv: list[str] | None = None) -> int:
     except Fault as fault:
         print(f"raysyn {job}: {fault}", file=sys.stderr)
         return 1
-    except (Resumable, KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:
-            raise
-        # While Ray starts SIGTERM is Ray's, which exits with the signal's number.
-        asked = not isinstance(stop, KeyboardInterrupt) or isinstance(stop, Resumable) or _terminated.is_set()
-        why = (str(stop) if isinstance(stop, Resumable) else "stopped by SIGTERM") if asked else "interrupted"
+    except (Resumable, KeyboardInterrupt) as stop:
+        asked = isinstance(stop, Resumable) or _terminated.is_set()
+        told = (
+            str(stop).splitlines()[0] if isinstance(stop, Resumable) else "stopped by SIGTERM"
+        )  # OmegaConf adds lines
+        why = told if asked else "interrupted"
         print(f"raysyn {job}: {why}; resumable: run {again} again to go on", file=sys.stderr)
         return 0 if asked else 130
     except Exception as error:

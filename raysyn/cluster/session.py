@@ -139,14 +139,29 @@ def _join(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this process's SIGTERM handler: joining Ray replaces it by one that aborts."""
+def _sigterm_waits() -> Iterator[None]:
+    """SIGTERM in the block comes at its end, to this process's own handler, which stays in place.
+
+    While Ray starts or is joined it sets handlers of its own, which exit with this code or that, or abort, as the moment
+    has it; and what a handler raises amid a start leaves a Ray that is neither there nor gone.
+    """
     handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    from ray._private import utils
+
+    came: list[int] = []
+    rays = utils.set_sigterm_handler
+    signal.signal(signal.SIGTERM, lambda signum, frame: came.append(signum))
+    utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread() and handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+        utils.set_sigterm_handler = rays
+        signal.signal(signal.SIGTERM, handler)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _check_placeable(workers: WorkersConfig, at_once: int) -> None:
@@ -174,13 +189,10 @@ def ray_session(config: RayConfig, workers: WorkersConfig | None = None, at_once
     import ray
 
     address, started = _joined(config.address), not ray.is_initialized()
-    if started:
-        with _own_sigterm():
-            if address:
-                _join(address)
-            else:
-                _start_local(config)
     try:
+        if started:
+            with _sigterm_waits():
+                _join(address) if address else _start_local(config)
         if workers is not None and started and not address:
             _check_placeable(workers, at_once)
         yield

@@ -69,8 +69,9 @@ def waits_within_ray(config: object) -> Outcome:
     raise AssertionError
 
 
-def stopped_as_ray_starts(config: object) -> Outcome:
-    sys.exit(signal.SIGTERM)
+def stopped_amid_a_config(config: object) -> Outcome:
+    """As OmegaConf passes on what is raised while it works: with lines of its own."""
+    raise type("Stopped", (Resumable, KeyboardInterrupt), {})("stopped by SIGTERM\n    full_key: a")
 
 
 def is_interrupted(config: object) -> Outcome:
@@ -88,7 +89,7 @@ def is_interrupted(config: object) -> Outcome:
         (breaks, 1, "the same command resumes"),
         (stops, 0, "resumable"),
         (waits_within_ray, 0, "stopped by SIGTERM; resumable"),
-        (stopped_as_ray_starts, 0, "stopped by SIGTERM; resumable"),
+        (stopped_amid_a_config, 0, "stopped by SIGTERM; resumable"),
         (is_interrupted, 130, "interrupted; resumable"),
     ],
 )
@@ -101,7 +102,7 @@ def test_exit_codes(stage, code: int, says: str, capsys: pytest.CaptureFixture[s
         signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
     assert says in out + err
-    assert code != 2 or err.count("\n") == 1
+    assert code == 1 or err.count("\n") <= 1
 
 
 @pytest.mark.parametrize("stage", [breaks, stops])

@@ -61,6 +61,39 @@ def test_a_ray_of_our_own_asks_for_a_token_and_keeps_its_dashboard_on_loopback()
     assert after == "False"
 
 
+STOPPED_AS_RAY_STARTS = """
+import os, signal
+from raysyn.cluster.session import ray_session, secure
+from raysyn.config import RayConfig
+secure()
+import ray
+from ray._private.node import Node
+def stop(*_):
+    raise KeyboardInterrupt("stopped")
+signal.signal(signal.SIGTERM, stop)
+start = Node.start_head_processes
+def asked_to_stop(node):
+    os.kill(os.getpid(), signal.SIGTERM)
+    start(node)
+    print("head started")
+Node.start_head_processes = asked_to_stop
+try:
+    with ray_session(RayConfig(num_cpus=1, object_store_mb=100)):
+        print("went on")
+except BaseException as end:
+    print(repr(end), signal.getsignal(signal.SIGTERM) is stop, ray.is_initialized())
+"""
+
+
+@pytest.mark.cluster
+def test_sigterm_as_ray_starts_waits_until_it_has_and_comes_to_our_own_handler() -> None:
+    """Ray's own handler of that time exits in the middle; what the process then ends with is chance, 134 among it."""
+    code = STOPPED_AS_RAY_STARTS
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ran.stdout.splitlines() == ["head started", "KeyboardInterrupt('stopped') True False"], ran.stderr[-2000:]
+    assert ran.returncode == 0
+
+
 def test_ray_imported_too_early_is_a_clear_error() -> None:
     code = "import ray\nfrom raysyn.cluster.session import secure\nsecure()"
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
