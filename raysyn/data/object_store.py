@@ -78,6 +78,19 @@ def retried(read: Callable[[], bytes]) -> bytes:
     return read()
 
 
+def unchanged(read: Callable[[], bytes], size: Callable[[], int]) -> bytes:
+    """`read()` of an object, again, 5 times at most, if it was put anew with another size meanwhile.
+
+    pyarrow asks for the size, then for so many bytes, and gives that many whatever came: of a longer object the
+    beginning, of a shorter one all of it and then what was in its buffer. Raises OSError if the object never holds still.
+    """
+    for _ in range(5):
+        data = read()
+        if len(data) == size():
+            return data
+    raise OSError("the object is put anew each time that it is read; is another run at work there?")
+
+
 def explain_fault(message: str) -> str | None:
     """What the user can do about a fault that pyarrow reports with `message`; None where it is not theirs."""
     words = message.upper().replace(" ", "_")

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raysyn.data.local_files import TEMPORARY, write_whole
-from raysyn.data.object_store import open_s3, retried
+from raysyn.data.object_store import open_s3, retried, unchanged
 from raysyn.data.storage_faults import check_path, check_place, clear_errors
 from raysyn.types import UserError
 
@@ -143,7 +143,7 @@ class Storage:
     def open_input(self, name: str) -> Any:
         """A `pyarrow.NativeFile` with random access, for Parquet. Raises FileNotFoundError, UserError (permission).
 
-        An object is fetched whole, in one request that can be retried; shards are small.
+        An object is fetched whole, in one request that can be repeated; shards are small.
         """
         if not self.is_local:
             return pa.BufferReader(self.read_bytes(name))
@@ -158,7 +158,7 @@ class Storage:
                 return bytes(file.read())
 
         with clear_errors("reading", self.locate(name)):
-            return read() if self.is_local else retried(read)
+            return read() if self.is_local else retried(lambda: unchanged(read, lambda: self.size(name)))
 
     def write_atomic(self, name: str, data: bytes) -> None:
         """Write a file so that readers see all of it or none, and the same name may be written again.
@@ -168,18 +168,26 @@ class Storage:
         with clear_errors("writing", self.locate(name)):
             if self.is_local:
                 write_whole(Path(self._at(name)), data)
-                return
-            if len(data) <= ONE_PUT:
+            elif len(data) <= ONE_PUT:
                 self._put(name, data)
-                return
-            folder, separator, last = name.rpartition("/")
-            temporary = f"{folder}{separator}{TEMPORARY}{secrets.token_hex(4)}-{last}"
+            else:
+                self._put_and_copy(name, data)
+
+    def _put_and_copy(self, name: str, data: bytes, attempts: int = 2) -> None:
+        """An object of any size, whole or not at all."""
+        folder, separator, last = name.rpartition("/")
+        temporary = f"{folder}{separator}{TEMPORARY}{secrets.token_hex(4)}-{last}"
+        try:
+            self._put(temporary, data)
             try:
-                self._put(temporary, data)
                 self.fs.copy_file(self._at(temporary), self._at(name))
-            finally:
-                with contextlib.suppress(OSError):
-                    self.fs.delete_file(self._at(temporary))
+            except OSError:
+                if attempts == 1 or self.exists(temporary):
+                    raise
+                self._put_and_copy(name, data, attempts - 1)  # another run, finishing, took it for a dead writer's
+        finally:
+            with contextlib.suppress(OSError):
+                self.fs.delete_file(self._at(temporary))
 
     def _put(self, name: str, data: bytes) -> None:
         """An object of up to 10 MiB whole or not at all; of a larger one, after a fault, what was sent may stand there."""

@@ -4,10 +4,12 @@ import gc
 import http.client
 import http.server
 import io
+import itertools
 import os
 import pickle
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ class FlakyProxy(http.server.ThreadingHTTPServer):
     """Passes requests on to an S3 server, after answering 503 to the first `num_faults` of each (method, path).
 
     The part `refused_part` of an upload in parts is answered 403; the first `num_damaged` objects fetched come as zeros.
+    `before` is called ahead of each request with its method and path.
     """
 
     daemon_threads = True
@@ -30,6 +33,7 @@ class FlakyProxy(http.server.ThreadingHTTPServer):
 
     def __init__(self, target: str, num_faults: int) -> None:
         self.target, self.num_faults, self.seen = target, num_faults, Counter()
+        self.before: Callable[[str, str], None] = lambda method, path: None
         super().__init__(("127.0.0.1", 0), FlakyHandler)
 
 
@@ -41,6 +45,7 @@ class FlakyHandler(http.server.BaseHTTPRequestHandler):
         body = self.body()
         key = (self.command, self.path)
         self.server.seen[key] += 1
+        self.server.before(*key)
         if f"partNumber={self.server.refused_part}&" in f"{self.path}&":
             self.reply(403, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>", {})
             return
@@ -191,6 +196,45 @@ def test_s3_a_shard_that_came_damaged_is_fetched_again(s3, server) -> None:
     proxy.num_damaged = 2
     with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file \(\d+ bytes that end in b'\\x00"):
         list(read_frames(storage))
+    proxy.shutdown()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("length", [60, 140])
+def test_s3_an_object_that_is_put_anew_amid_a_read_comes_whole(s3, server, length: int) -> None:
+    """pyarrow asks for its size, then for that many bytes: of another size it would give a part, or filled up with any."""
+    old, new = b"a" * 100, b"b" * length
+    proxy = FlakyProxy(server, num_faults=0)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    storage = Storage.at(f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}")
+    storage.write_atomic("a.json", old)
+    proxy.before = lambda method, path: method == "GET" and s3.put_object(Bucket="frames", Key="p/a.json", Body=new)
+    assert storage.read_bytes("a.json") == new
+    sizes = itertools.count(1)  # never still
+    proxy.before = lambda method, path: s3.put_object(Bucket="frames", Key="p/a.json", Body=b"c" * next(sizes))
+    with pytest.raises(OSError, match="put anew each time"):
+        storage.read_bytes("a.json")
+    proxy.shutdown()
+
+
+@pytest.mark.s3
+def test_s3_a_large_write_survives_that_another_run_cleans_up(s3, server) -> None:
+    proxy, removed = FlakyProxy(server, num_faults=0), []
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    storage, data = (
+        Storage.at(f"s3://frames/p?scheme=http&endpoint_override=127.0.0.1:{proxy.server_address[1]}"),
+        b"x" * (11 << 20),
+    )
+
+    def clean(method: str, path: str) -> None:
+        if (method, path) == ("PUT", "/frames/p/a.bin") and not removed:
+            removed.extend(Storage.at("s3://frames/p").clean_temporaries(older_than_s=-5))
+
+    proxy.before = clean
+    storage.write_atomic("a.bin", data)
+    assert len(removed) == 1
+    assert storage.read_bytes("a.bin") == data
+    assert [k for k in storage._list("") if TEMPORARY in k] == []
     proxy.shutdown()
 
 
