@@ -22,7 +22,7 @@ from raysyn.cluster.board import reporter, watch
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, lost_shards, open_stage, refuse_foreign
 from raysyn.config import DataConfig, JobConfig, fingerprint
-from raysyn.data.frames import frames_to_table, open_shard, table_to_bytes
+from raysyn.data.frames import frames_to_table, open_shard, table_to_bytes, table_to_frames
 from raysyn.data.readers import Index, Patient, Reader, Skipped, open_reader
 from raysyn.data.schema import SCHEMA_VERSION
 from raysyn.data.storage import Storage
@@ -121,12 +121,19 @@ def make_chunks(patients: list[Patient]) -> list[Chunk]:
 def make_shard(reader: Reader, chunk: Chunk, storage: Storage, write: bool) -> tuple[dict[str, Any], bytes]:
     """Runs on a worker: the shard's manifest entry, and its bytes unless they are written (or were there) already.
 
-    Bad input comes back as the entry {"problem": line}, since it is no fault of the worker.
+    Bad input comes back as the entry {"problem": line}, since it is no fault of the worker; that a damaged shard was
+    there and is removed as {"damaged": line} beside the others.
     """
+    damaged = {}
     try:
         if storage.exists(chunk.name):
-            with open_shard(storage, chunk.name) as file:  # refuses what is none of frames, or was cut off
-                return _describe(chunk.name, storage.read_bytes(chunk.name), file), b""
+            try:
+                return _found(storage, chunk.name), b""
+            except UserError as error:
+                if error.__cause__ is not None:  # of the disk or its permissions, not of what the file holds
+                    raise
+                damaged = {"damaged": str(error)}
+                storage.remove(chunk.name)
         frames: list[Frame] = []
         skipped: list[Skipped] = []
         for patient in chunk.patients:
@@ -137,9 +144,18 @@ def make_shard(reader: Reader, chunk: Chunk, storage: Storage, write: bool) -> t
         data = table_to_bytes(frames_to_table(frames, {SKIPPED_KEY.decode(): listed}))
         if write:
             storage.write_atomic(chunk.name, data)
-        return _describe(chunk.name, data, pq.ParquetFile(pa.BufferReader(data))), b"" if write else data
+        entry = _describe(chunk.name, data, pq.ParquetFile(pa.BufferReader(data)))
+        return entry | damaged, b"" if write else data
     except UserError as error:
         return {"problem": str(error)}, b""
+
+
+def _found(storage: Storage, name: str) -> dict[str, Any]:
+    """The entry of a shard that is there, each of its pictures decoded: no checksum of it was kept. Raises UserError."""
+    with open_shard(storage, name) as file:
+        for group in range(file.num_row_groups):
+            table_to_frames(file.read_row_group(group), storage.locate(name))
+        return _describe(name, storage.read_bytes(name), file)
 
 
 def _describe(name: str, data: bytes, file: pq.ParquetFile) -> dict[str, Any]:
@@ -176,6 +192,8 @@ def _run(reader: Reader, chunks: list[Chunk], storage: Storage) -> list[dict[str
     with watch(lambda: "prepare"):
         report = reporter("prepare")
         for chunk, entry, data_ref in _made(reader, chunks, storage):
+            if damage := entry.pop("damaged", ""):
+                print(f"prepare: {damage}; made again", flush=True)
             entries.append(entry)
             if not reader.writes_before_checked:
                 held.append((chunk.name, data_ref))

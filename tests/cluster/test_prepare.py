@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from raysyn.cluster.inputs import (
@@ -248,15 +250,49 @@ def test_what_cannot_be_done_is_said_before_ray_starts_and_removes_nothing(tmp_p
     assert stage.outcome() is not None
 
 
-def test_a_shard_that_was_cut_off_meanwhile_is_named(tmp_path: Path) -> None:
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path) -> None:
+    """Cut off, or with one byte of a picture changed, which neither Parquet's footer nor the other columns show."""
     reader = open_reader(phantom_job(tmp_path, num_train_patients=1).data)
     (chunk, *_), storage = make_chunks(reader.index().patients), Storage.at(tmp_path)
     made, _ = make_shard(reader, chunk, storage, True)
     assert make_shard(reader, chunk, storage, True)[0] == made, "found as it was made"
     whole = storage.read_bytes(chunk.name)
-    for spoilt in (whole[:-9], b""):
-        storage.write_atomic(chunk.name, spoilt)
-        assert "shard-00000.parquet: not a whole Parquet file" in make_shard(reader, chunk, storage, True)[0]["problem"]
+    spoilt = {whole[:-9]: "not a whole Parquet file", b"": "not a whole Parquet file"}
+    group = pq.read_metadata(tmp_path / chunk.name).row_group(0)
+    for column in (group.column(i) for i in range(group.num_columns)):
+        if column.path_in_schema in ("image.bytes", "label_map.bytes"):
+            for part in (3, 5, 7):
+                changed = bytearray(whole)
+                changed[column.data_page_offset + column.total_compressed_size * part // 9] ^= 1
+                spoilt[bytes(changed)] = "shard-00000.parquet: "
+    assert len(spoilt) == 8
+    for content, says in spoilt.items():
+        storage.write_atomic(chunk.name, content)
+        again, _ = make_shard(reader, chunk, storage, True)
+        assert says in again.pop("damaged")
+        assert again == made
+        assert storage.read_bytes(chunk.name) == whole
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="drops root's rights")
+def test_a_shard_that_may_not_be_read_is_named_and_stays(open_tmp_path: Path) -> None:
+    reader = open_reader(phantom_job(open_tmp_path, num_train_patients=1).data)
+    (chunk, *_), storage = make_chunks(reader.index().patients), Storage.at(open_tmp_path / "set")
+    make_shard(reader, chunk, storage, True)
+    file = open_tmp_path / "set" / chunk.name
+    file.chmod(0)
+    file.parent.chmod(0o777)
+    code = (
+        "import os, pickle, sys\n"
+        "from raysyn.cluster.inputs import make_shard\n"
+        "arguments = pickle.load(sys.stdin.buffer)\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "print(make_shard(*arguments, True)[0]['problem'])\n"
+    )
+    given = pickle.dumps((reader, chunk, storage))
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input=given, capture_output=True, timeout=120)
+    assert b"shard-00000.parquet: no permission" in ran.stdout, ran.stderr
+    assert file.exists()
 
 
 @pytest.mark.cluster
