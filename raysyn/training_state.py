@@ -144,11 +144,12 @@ class CheckpointStore:
             self._error = error
 
     def _prune(self, newest: int, best: int | None) -> None:
-        """Leave the last `keep` and the best; what a killed writer never finished goes too."""
+        """Leave the last `keep` and the best; what a killed writer never finished goes too, once it is behind."""
         kept = {best, *[s for s in self.steps() if s <= newest][-self.keep :]}
         for folder in sorted({name.partition("/")[0] for name in self.storage.list()}):
             step = re.fullmatch(r"step-(\d+)", folder)
-            if step and int(step.group(1)) not in kept:
+            # What is ahead is another run's, where the storage cannot lock one out, or will be overtaken.
+            if step and int(step.group(1)) < newest and int(step.group(1)) not in kept:
                 self.storage.remove(f"{folder}/{MARK}")  # first: from here on it is no checkpoint
                 self.storage.remove_tree(folder)
 

@@ -11,7 +11,7 @@ from raysyn.data.storage import Storage
 from raysyn.diffusion.ema import EMA
 from raysyn.training import build_optimizer
 from raysyn.training_run import Hooks, run
-from raysyn.training_state import TrainState, folder_of
+from raysyn.training_state import TrainState, folder_of, progress_to_json
 from raysyn.types import UserError
 from tests.regression import CONFIG, Objective, fitted, make, store_at
 
@@ -57,6 +57,19 @@ def test_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     store.flush()
     assert store.steps() == [10, 20]
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder_of(10), folder_of(20)]
+
+
+def test_pruning_leaves_what_a_run_that_is_ahead_has_written(tmp_path: Path) -> None:
+    """On an object store two runs on two machines are not kept apart; the later one resumes from what is newest."""
+    behind, ahead = store_at(tmp_path, keep=1), store_at(tmp_path, keep=1)
+    state, _ = make()
+    for store, step in ((ahead, 8), (behind, 2), (behind, 4)):
+        store.save(step, state.tensors(), {"progress": progress_to_json(state.progress)})
+        store.flush()
+    assert ahead.steps() == [4, 8]
+    ahead.save(10, state.tensors(), {"progress": progress_to_json(state.progress)})
+    ahead.flush()
+    assert ahead.steps() == [10]
 
 
 def test_the_best_validation_gets_a_checkpoint_whatever_the_periods(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from raysyn.cluster.curves import CurvePoint, curve_points
 from raysyn.cluster.graph import GraphResult, Node, run_graph
 from raysyn.cluster.session import ray_session
 from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage_lock import alone
 from raysyn.config import (
     CompareJob,
     FitJob,
@@ -253,7 +254,7 @@ def stages_at_once(config: CompareJob) -> int:
 
 def compare(config: CompareJob) -> Outcome:
     """Run the study, or show the finished one. Rows that failed are listed in the report and make the job exit 1."""
-    from raysyn.cluster.study_report import print_table, show_report, write_study
+    from raysyn.cluster.study_report import print_table, show_report
 
     if not config.models:
         raise UserError("model: name at least one, e.g. model=edm_l64 or model=all")
@@ -263,14 +264,24 @@ def compare(config: CompareJob) -> Outcome:
     if own := sorted(set(config.search.space) & set(ROW_DECIDES)):
         raise UserError(f"search.space.{own[0]}: rows and curves set it themselves; search it with jobs/tune.py")
     stage: StageDir = open_stage(config.storage, "compare", compare_fingerprint(config))
-    done = None if config.overwrite else stage.outcome()
-    if done is not None:
-        show_report(Storage.at(config.storage), stage.fingerprint)
-        print_table(done.manifest["rows"])
-        return done
-    check_rows(config)
-    stage.storage.check_writable()
-    config = dataclasses.replace(config, storage=Storage.at(config.storage).uri)
+    if (done := _finished(config, stage)) is None:
+        check_rows(config)
+        stage.storage.check_writable()
+        with alone(stage):
+            if (done := _finished(config, stage)) is None:
+                return _compare_alone(dataclasses.replace(config, storage=Storage.at(config.storage).uri), stage)
+    show_report(Storage.at(config.storage), stage.fingerprint)
+    print_table(done.manifest["rows"])
+    return done
+
+
+def _finished(config: CompareJob, stage: StageDir) -> Outcome | None:
+    return None if config.overwrite else stage.outcome()
+
+
+def _compare_alone(config: CompareJob, stage: StageDir) -> Outcome:
+    from raysyn.cluster.study_report import print_table, write_study
+
     rows = study_rows(config)
     at_once = config.workers.min_workers or config.workers.num_workers  # a fit's workers start together
     with ray_session(config.ray, config.workers, at_once):

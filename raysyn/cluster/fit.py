@@ -15,6 +15,7 @@ from typing import Any
 from raysyn.cluster.board import watch
 from raysyn.cluster.session import is_own, ray_session
 from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage_lock import alone
 from raysyn.config import FitConfig, FitJob, ModelConfig, PrepareJob, TrackingConfig, fingerprint
 from raysyn.data.storage import Storage
 from raysyn.types import Fault, Outcome, Resumable, UserError
@@ -149,13 +150,17 @@ def _finished(config: FitJob, frames: str) -> Outcome | None:
 
 
 def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencoder: str) -> Outcome:
+    stage = open_stage(config.storage, "fit_autoencoder" if what == "autoencoder" else "fit", key)
+    with alone(stage):
+        if not config.overwrite and (done := stage.outcome()) is not None:
+            return done
+        return _fit_alone(config, what, stage, prepared, autoencoder)
+
+
+def _fit_alone(config: FitJob, what: str, stage: StageDir, prepared: Outcome, autoencoder: str) -> Outcome:
     from raysyn.cluster.fit_data import check_resident, resident_bytes
     from raysyn.cluster.inputs import frames_uri
 
-    name = "fit_autoencoder" if what == "autoencoder" else "fit"
-    stage = open_stage(config.storage, name, key)
-    if not config.overwrite and (done := stage.outcome()) is not None:
-        return done
     frames = frames_uri(prepared)
     fit_config = config.model.vae.fit if what == "autoencoder" else config.model.fit
     splits = ("train", "validation") if fit_config.num_validation_images else ("train",)
@@ -169,7 +174,7 @@ def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencod
     job = {
         "config": config,
         "what": what,
-        "key": key,
+        "key": stage.fingerprint,
         "stage": stage.path,
         "frames": frames,
         "autoencoder": autoencoder,
@@ -178,7 +183,7 @@ def _fit_stage(config: FitJob, what: str, key: str, prepared: Outcome, autoencod
     }
     report = _run_workers(config, stage, job, splits)
     if report["status"] == "stopped":
-        raise Resumable(f"{name} stopped at step {report['step']}, checkpoint written")
+        raise Resumable(f"{stage.stage} stopped at step {report['step']}, checkpoint written")
     if report["status"] == "bad_input":
         raise UserError(report["message"])
     if report["status"] == "diverged":

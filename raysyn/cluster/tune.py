@@ -8,10 +8,12 @@ Each finished trial also leaves a record of its own, by its parameters, since Ra
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from raysyn.cluster.board import watch
 from raysyn.cluster.session import ray_session
-from raysyn.cluster.stage import open_stage
+from raysyn.cluster.stage import StageDir, open_stage
+from raysyn.cluster.stage_lock import alone
 from raysyn.cluster.task_runs import load_sets, patients_of, set_fingerprint
 from raysyn.cluster.tune_space import check_nets, check_search
 from raysyn.config import JobConfig, PrepareJob, TuneJob, fingerprint
@@ -25,8 +27,7 @@ def tune(config: TuneJob) -> Outcome:
     Manifest: `best_task` (the keys searched), `best_score`, `refits`, `trials`, and with two objectives the `pareto`
     front. Raises UserError, before Ray starts, for a space, a net or a set that cannot be; then for test patients in one.
     """
-    from raysyn.cluster.inputs import prepare, prepare_fingerprint
-    from raysyn.cluster.tune_search import search
+    from raysyn.cluster.inputs import prepare_fingerprint
 
     if config.plan_only:
         raise UserError("plan_only: a search has no plan; jobs/fit.py and jobs/synthesize.py have one")
@@ -45,6 +46,16 @@ def tune(config: TuneJob) -> Outcome:
     if not config.overwrite and (done := stage.outcome()) is not None:
         return done
     check_nets(space, config)
+    with alone(stage):
+        if not config.overwrite and (done := stage.outcome()) is not None:
+            return done
+        return _tune_alone(config, stage, space, sets, real)
+
+
+def _tune_alone(config: TuneJob, stage: StageDir, space: dict[str, Any], sets: list[str], real: str) -> Outcome:
+    from raysyn.cluster.inputs import prepare
+    from raysyn.cluster.tune_search import search
+
     with ray_session(config.ray, config.workers):
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)}
         prepare(PrepareJob(**{**shared, "overwrite": False, "plan_only": False}))

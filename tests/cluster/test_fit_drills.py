@@ -242,3 +242,24 @@ def test_sigterm_then_kill_of_the_driver(prepared: Path, undisturbed: dict[str, 
     assert third.wait(PATIENCE) == 0, log.read_text()
     check_curve(stage, undisturbed)
     assert fit(config_at(storage)).skipped
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_second_fit_waits_and_goes_on_where_the_first_is_killed(
+    prepared: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two at once would write and prune each other's checkpoints, and stop when one of them is asked to."""
+    storage, logs = own_storage(prepared, tmp_path), [tmp_path / "one", tmp_path / "other"]
+    stage, both = stage_of(storage), [start_job(storage, log) for log in logs]
+    wait_until(lambda: any("waiting for it to end" in log.read_text() for log in logs), "one waiting")
+    waits = 0 if "waiting for it to end" in logs[0].read_text() else 1
+    works = both[1 - waits]
+    assert f"fit: process {works.pid} on " in logs[waits].read_text()
+    wait_until(lambda: newest_step(stage) >= 6, "a checkpoint", running(works, logs[1 - waits]))
+    works.send_signal(signal.SIGKILL)
+    works.wait(30)
+    killed_at = newest_step(stage)
+    assert both[waits].wait(PATIENCE) == 0, logs[waits].read_text()
+    assert killed_at < STEPS
+    check_curve(stage, undisturbed)

@@ -188,6 +188,20 @@ def test_kill_9_of_the_driver_and_the_same_command_again(moment: int, undisturbe
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_runs_at_once_write_the_same_bytes(killed: bool, undisturbed, frames, tmp_path) -> None:
+    """Neither waits for the other: what both draw is the same, and put whole; one that finishes removes temporaries."""
+    drill = Drill(tmp_path / "twice", frames, workers=1)
+    both = [drill.start(0.1), drill.start(0.1)]
+    if killed:
+        drill.wait_for_shards(3)
+        both[0].kill()
+    said = [process.communicate(timeout=400)[0] for process in both]
+    assert [process.returncode for process in both] == [-9 if killed else 0, 0], said
+    drill.check_whole(undisturbed.shards())
+
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("moment", [7, 8])
 def test_kill_9_of_the_head_ends_in_a_resumable_state(moment: int, undisturbed, frames, tmp_path) -> None:
     drill = Drill(tmp_path / "head", frames)
