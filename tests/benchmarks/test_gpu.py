@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_every_row_is_measured_small_on_a_cpu(tmp_path) -> None:
-    main(["--device", "cpu", "--size", "tiny", "--output", str(tmp_path / "gpu.csv")])
+    main(["--device", "cpu", "--size", "tiny", "--minutes", "60", "--output", str(tmp_path / "gpu.csv")])
     rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
     assert not [r["note"] for r in rows if "failed" in r["note"] or "left out" in r["note"]]
     names = {r["name"] for r in rows}
@@ -127,7 +127,19 @@ def test_the_plain_procedures_noise_levels_are_on_the_device() -> None:
 
 @pytest.mark.slow
 def test_a_fit_of_published_kind_learns_each_way(tmp_path) -> None:
-    given = ["--device", "cpu", "--size", "tiny", "--fit", "6", "--only-fit", "--output", str(tmp_path / "fit.csv")]
+    given = [
+        "--device",
+        "cpu",
+        "--size",
+        "tiny",
+        "--minutes",
+        "60",
+        "--fit",
+        "6",
+        "--only-fit",
+        "--output",
+        str(tmp_path / "fit.csv"),
+    ]
     main(given)
     rows = list(csv.DictReader((tmp_path / "fit.csv").open()))
     ways = ["fit, bf16, compiled", "fit, bf16", "fit, fp32", "fit, bf16, compiled, CUDA graphs"]
